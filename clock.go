@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MIT
+
+package wgroam
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// HLC is a hybrid logical clock stamp: 48 bits of Unix milliseconds above a
+// 16-bit counter. It orders observations across nodes; with no skew it is the
+// wall clock time at which the kernel accepted the packet.
+type HLC uint64
+
+const hlcCounterBits = 16
+
+// HLCAt returns the stamp of the wall clock time t with a zero counter. Times
+// before 1970 give zero.
+func HLCAt(t time.Time) HLC {
+	ms := t.UnixMilli()
+	if ms < 0 {
+		return 0
+	}
+	return HLC(ms) << hlcCounterBits
+}
+
+// Time returns the wall clock part of the stamp.
+func (h HLC) Time() time.Time { return time.UnixMilli(int64(h >> hlcCounterBits)) }
+
+// ErrSkew is returned for a stamp that lies further in the future than the
+// clock allows: the sender's clock is ahead, or ours is behind.
+var ErrSkew = errors.New("stamp too far in the future")
+
+// Clock stamps the observations of one node. The stamps that Stamp returns
+// never go back, also when the wall clock does.
+//
+// A Clock is safe for concurrent use. Its zero value refuses every stamp that
+// is ahead of the local clock; use NewClock.
+type Clock struct {
+	maxSkew time.Duration
+
+	mu       sync.Mutex
+	last     HLC       // newest stamp issued here
+	remote   HLC       // newest stamp merged
+	raisedAt time.Time // when remote was last raised
+}
+
+// NewClock returns a Clock that accepts stamps at most maxSkew ahead.
+func NewClock(maxSkew time.Duration) *Clock { return &Clock{maxSkew: maxSkew} }
+
+// Stamp returns the stamp for an observation that the kernel made at the given
+// time, newer than every stamp issued before.
+//
+// It is newer than every stamp merged before that time, too: what a node sees
+// after it has heard of a record supersedes the record, whatever the two wall
+// clocks say. An observation that waited in a queue while a record came in
+// gets no such bonus, because it is older than the record.
+func (c *Clock) Stamp(at time.Time) HLC {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	h := max(HLCAt(at), c.last+1)
+	if !at.Before(c.raisedAt) {
+		h = max(h, c.remote+1)
+	}
+	c.last = h
+	return h
+}
+
+// Merge takes note of a stamp that another node issued. The error wraps
+// ErrSkew when the stamp is more than the permitted skew ahead of now; the
+// clock is then left alone.
+func (c *Clock) Merge(h HLC, now time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if ahead := h.Time().Sub(now); ahead > c.maxSkew {
+		return fmt.Errorf("%w: %v ahead of this node's clock, %v allowed", ErrSkew, ahead.Round(time.Millisecond), c.maxSkew)
+	}
+	if h > c.remote {
+		c.remote, c.raisedAt = h, now
+	}
+	return nil
+}

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT
+
+package wgroam
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"sync"
+)
+
+// Buckets is the number of digest buckets of a Table.
+const Buckets = 1024
+
+// Digests holds one value per bucket: the XOR of a keyed 64-bit hash of every
+// record in it. Two tables with equal digests hold the same records.
+type Digests [Buckets]uint64
+
+// Sum folds all buckets into one value.
+func (d *Digests) Sum() uint64 {
+	h := sha256.New()
+	var b [8]byte
+	for _, v := range d {
+		binary.BigEndian.PutUint64(b[:], v)
+		h.Write(b[:])
+	}
+	return binary.BigEndian.Uint64(h.Sum(nil))
+}
+
+// BucketOf returns the bucket of a peer.
+func BucketOf(k Key) int {
+	return int(binary.BigEndian.Uint16(k[:])) % Buckets
+}
+
+type entry struct {
+	rec  Record
+	hash uint64
+}
+
+// Table is the merge of all records: per peer, the newest wins. Merging is
+// commutative, associative and idempotent, so nodes that have seen the same
+// records hold the same table, in whatever order and however often they came.
+//
+// A Table is safe for concurrent use.
+type Table struct {
+	digestKey [32]byte
+
+	mu       sync.Mutex
+	peers    map[Key]entry
+	digests  Digests
+	watchers []tableWatcher
+}
+
+type tableWatcher struct {
+	changes *Changes
+	want    func(Record) bool
+}
+
+// NewTable returns an empty Table. The key makes digests unpredictable to
+// whoever can choose the contents of a record, such as a roaming peer.
+func NewTable(digestKey [32]byte) *Table {
+	return &Table{digestKey: digestKey, peers: make(map[Key]entry)}
+}
+
+// Notify marks the peers of all records that win from now on, and that want
+// accepts, in c. A nil want accepts all.
+func (t *Table) Notify(c *Changes, want func(Record) bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.watchers = append(t.watchers, tableWatcher{c, want})
+}
+
+// Merge adds r and reports whether it replaced what was known.
+func (t *Table) Merge(r Record) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	old, known := t.peers[r.Peer]
+	if known && r.compare(old.rec) <= 0 {
+		return false
+	}
+	e := entry{rec: r, hash: t.hash(r)}
+	t.peers[r.Peer] = e
+	// An unknown peer's old hash is zero.
+	t.digests[BucketOf(r.Peer)] ^= old.hash ^ e.hash
+	for _, w := range t.watchers {
+		if w.want == nil || w.want(r) {
+			w.changes.Mark(r.Peer)
+		}
+	}
+	return true
+}
+
+func (t *Table) hash(r Record) uint64 {
+	var buf [32 + RecordSize]byte
+	b, _ := r.AppendBinary(append(buf[:0], t.digestKey[:]...))
+	sum := sha256.Sum256(b)
+	return binary.BigEndian.Uint64(sum[:])
+}
+
+// Get returns the newest record of a peer.
+func (t *Table) Get(k Key) (Record, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e, ok := t.peers[k]
+	return e.rec, ok
+}
+
+// Len returns the number of peers.
+func (t *Table) Len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.peers)
+}
+
+// Digests returns the digest of every bucket.
+func (t *Table) Digests() Digests {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.digests
+}
+
+// Differing returns the records of all buckets whose digest is not the one in
+// theirs: what the other side lacks, and what happens to share a bucket with
+// it. The order is unspecified.
+func (t *Table) Differing(theirs *Digests) []Record {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.digests == *theirs {
+		return nil
+	}
+	var out []Record
+	for k, e := range t.peers {
+		if b := BucketOf(k); t.digests[b] != theirs[b] {
+			out = append(out, e.rec)
+		}
+	}
+	return out
+}
+
+// Records returns all records in no particular order.
+func (t *Table) Records() []Record {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	out := make([]Record, 0, len(t.peers))
+	for _, e := range t.peers {
+		out = append(out, e.rec)
+	}
+	return out
+}
