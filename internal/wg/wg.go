@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: MIT
+
+// Package wg is wgroam's view of WireGuard's configuration interface: it reads a
+// device, writes endpoints into it, and says when links come and go. It is the
+// only package of the daemon that imports wgctrl, and it can write nothing but
+// endpoints.
+package wg
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgroam/wgroam"
+)
+
+// Errors, for errors.Is.
+var (
+	// ErrNoDevice: there is no WireGuard device of that name here.
+	ErrNoDevice = errors.New("no such WireGuard device")
+	// ErrPrivilege: reading or writing WireGuard needs CAP_NET_ADMIN.
+	ErrPrivilege = errors.New("missing privilege CAP_NET_ADMIN")
+	// ErrNoKey: the device has no private key yet.
+	ErrNoKey = errors.New("device has no private key")
+)
+
+// ChunkPeers is the largest number of peers that one call of SetEndpoints should
+// be given. wgctrl puts up to 32 peers into one netlink message; beyond that it
+// sends a message per peer and is about ten times slower
+// (wglinux/configure_linux.go, buildBatches).
+const ChunkPeers = 32
+
+// Peer is one peer of a device, as far as wgroam cares.
+type Peer struct {
+	Key wgroam.Key
+	// Endpoint is the zero AddrPort when the device has none.
+	Endpoint netip.AddrPort
+	// LastHandshake is zero when there has been none.
+	LastHandshake time.Time
+	// Received counts the bytes that the peer has sent us.
+	Received int64
+}
+
+// Device is a dump of a device without its secrets.
+type Device struct {
+	Name string
+	// Kernel is false for an implementation in user space.
+	Kernel    bool
+	PublicKey wgroam.Key
+	Port      int
+	Peers     []Peer
+}
+
+// Endpoint is an endpoint to write.
+type Endpoint struct {
+	Peer     wgroam.Key
+	Endpoint netip.AddrPort
+}
+
+// Client talks to the WireGuard devices of the network namespace in which it was
+// opened. It is safe for concurrent use, but calls wait for each other: whoever
+// must not wait for another's dump opens a Client of its own.
+type Client struct {
+	mu   sync.Mutex
+	ctrl *wgctrl.Client
+}
+
+// Open returns a Client for the network namespace of the calling thread. It
+// succeeds without any WireGuard on the host; that may come later.
+func Open() (*Client, error) {
+	ctrl, err := wgctrl.New()
+	if err != nil {
+		return nil, fmt.Errorf("open WireGuard control: %w", err)
+	}
+	return &Client{ctrl: ctrl}, nil
+}
+
+// Close releases the client.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ctrl.Close()
+}
+
+// do runs f, a second time on a fresh wgctrl client if there was nothing at the
+// other end: wgctrl looks for the kernel module once, when it is opened, and
+// the module's netlink family gets a new number each time it is loaded.
+func (c *Client) do(device string, f func(*wgctrl.Client) error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	err := f(c.ctrl)
+	if errors.Is(err, fs.ErrNotExist) {
+		fresh, openErr := wgctrl.New()
+		if openErr != nil {
+			return fmt.Errorf("open WireGuard control: %w", openErr)
+		}
+		_ = c.ctrl.Close() // replaced
+		c.ctrl = fresh
+		err = f(c.ctrl)
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: %s", ErrNoDevice, device)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w for %s: run as root or grant it: %w", ErrPrivilege, device, err)
+	case err != nil:
+		return fmt.Errorf("device %s: %w", device, err)
+	}
+	return nil
+}
+
+// Device dumps a device. The error wraps ErrNoDevice or ErrPrivilege.
+//
+// A dump that runs while peers are added or removed may miss some: the kernel
+// marks it NLM_F_DUMP_INTR, which wgctrl does not report. The next one is whole.
+func (c *Client) Device(name string) (Device, error) {
+	var out Device
+	err := c.do(name, func(ctrl *wgctrl.Client) error {
+		d, err := ctrl.Device(name)
+		if err != nil {
+			return err
+		}
+		out = Device{
+			Name:      d.Name,
+			Kernel:    d.Type == wgtypes.LinuxKernel,
+			PublicKey: wgroam.Key(d.PublicKey),
+			Port:      d.ListenPort,
+			Peers:     make([]Peer, len(d.Peers)),
+		}
+		for i := range d.Peers {
+			p := &d.Peers[i]
+			out.Peers[i] = Peer{
+				Key:           wgroam.Key(p.PublicKey),
+				Endpoint:      addrPort(p.Endpoint),
+				LastHandshake: p.LastHandshakeTime,
+				Received:      p.ReceiveBytes,
+			}
+			clear(p.PresharedKey[:])
+		}
+		clear(d.PrivateKey[:])
+		return nil
+	})
+	return out, err
+}
+
+// PrivateKey returns the device's private key as the kernel holds it, clamped.
+// The caller zeroes it after use. The error wraps ErrNoDevice, ErrPrivilege or
+// ErrNoKey.
+func (c *Client) PrivateKey(name string) ([32]byte, error) {
+	var key [32]byte
+	err := c.do(name, func(ctrl *wgctrl.Client) error {
+		d, err := ctrl.Device(name)
+		if err != nil {
+			return err
+		}
+		key = d.PrivateKey
+		clear(d.PrivateKey[:])
+		for i := range d.Peers {
+			clear(d.Peers[i].PresharedKey[:])
+		}
+		return nil
+	})
+	if err == nil && key == [32]byte{} {
+		err = fmt.Errorf("%w: set one with: wg set %s private-key FILE", ErrNoKey, name)
+	}
+	return key, err
+}
+
+// Names returns the names of all WireGuard devices, sorted.
+func (c *Client) Names() ([]string, error) {
+	var names []string
+	err := c.do("(all)", func(ctrl *wgctrl.Client) error {
+		devices, err := ctrl.Devices()
+		if err != nil {
+			return err
+		}
+		names = names[:0]
+		for _, d := range devices {
+			clear(d.PrivateKey[:])
+			names = append(names, d.Name)
+		}
+		return nil
+	})
+	slices.Sort(names)
+	return names, err
+}
+
+// SetEndpoints writes the endpoints of peers that the device has, and nothing
+// else. The keys must be distinct, and at most ChunkPeers. A peer that the
+// device does not have is left out without an error.
+//
+// Writing an endpoint that the device holds already is not free: the kernel
+// forgets the local address that it learned for the peer (netlink.c, set_peer).
+func (c *Client) SetEndpoints(name string, eps []Endpoint) error {
+	cfg := wgtypes.Config{Peers: make([]wgtypes.PeerConfig, len(eps))}
+	for i, e := range eps {
+		cfg.Peers[i] = wgtypes.PeerConfig{
+			PublicKey:  wgtypes.Key(e.Peer),
+			UpdateOnly: true,
+			Endpoint:   net.UDPAddrFromAddrPort(e.Endpoint),
+		}
+	}
+	return c.do(name, func(ctrl *wgctrl.Client) error { return ctrl.ConfigureDevice(name, cfg) })
+}
+
+func addrPort(a *net.UDPAddr) netip.AddrPort {
+	if a == nil {
+		return netip.AddrPort{}
+	}
+	ap := a.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: MIT
+
+// Package tracker finds out what one WireGuard device of this node knows of its
+// peers' endpoints, and how it came to know it.
+//
+// A Tracker uses the best source that works for its device, its rung of the
+// ladder: the kernel hook, or else polling. Both end in the same place, and a
+// dump of the device stands behind both: at the start, after events were lost,
+// after events that do not follow from each other, and every few minutes to
+// prove that nothing was missed.
+package tracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/bpf"
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// Rung is a source of observations.
+type Rung string
+
+// The rungs, best first. kprobe and port have their place between these two.
+const (
+	RungFentry  Rung = "fentry"
+	RungPolling Rung = "polling"
+	RungNone    Rung = "none"
+)
+
+// ErrRekeyed is returned by Run when the device's key pair has changed, and
+// with it the group that the device belongs to.
+var ErrRekeyed = errors.New("device has a new private key")
+
+// resyncDelay is how long after a suspicious event the device is dumped. It
+// lets the rest of a burst arrive, and bounds the dumps that a hostile peer
+// can cause to one per delay.
+const resyncDelay = 200 * time.Millisecond
+
+// Config describes a Tracker.
+type Config struct {
+	Device  string
+	Ifindex int
+	// Netns is the inode of the device's network namespace.
+	Netns  uint32
+	Kernel *Kernel
+	WG     *wg.Client
+	// View is kept equal to the device.
+	View *wgroam.View
+	// Emit is called for every change of an endpoint, in order per peer, and
+	// must not wait for anything. The View has the change already.
+	Emit func(wgroam.Observation)
+	// Poll is the interval of the polling rung.
+	Poll time.Duration
+	// Sweep is the interval of the safety net.
+	Sweep time.Duration
+	Log   *slog.Logger
+}
+
+// Status is what a Tracker can tell of itself.
+type Status struct {
+	Rung Rung
+	// Reason says why it is not a better rung; empty on the best.
+	Reason string
+	// Events counts changes of endpoints.
+	Events uint64
+	// Resyncs counts dumps taken because events were lost or out of order.
+	Resyncs uint64
+	// SweepRepairs counts peers whose endpoint only the sweep got right. It
+	// stays zero unless something is wrong.
+	SweepRepairs uint64
+}
+
+// Tracker follows one device.
+type Tracker struct {
+	cfg    Config
+	resync chan struct{} // a dump is wanted
+	broken chan error    // the hook died
+
+	mu     sync.Mutex
+	status Status
+	key    wgroam.Key
+	peers  map[wgroam.Key]*peer
+}
+
+// peer is what the tracker remembers of a peer, to put events and dumps into
+// one order.
+type peer struct {
+	endpoint netip.AddrPort
+	boot     time.Duration // of the newest event
+	received int64         // bytes, in the newest dump
+}
+
+// New returns a Tracker. Nothing happens before Start.
+func New(cfg Config) *Tracker {
+	return &Tracker{
+		cfg:    cfg,
+		resync: make(chan struct{}, 1),
+		broken: make(chan error, 1),
+		status: Status{Rung: RungNone},
+		peers:  make(map[wgroam.Key]*peer),
+	}
+}
+
+// Status returns a copy of the current status.
+func (t *Tracker) Status() Status {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.status
+}
+
+// Start chooses a rung and fills the View. The hook is attached before the
+// device is dumped, so that nothing falls between. The error wraps those of
+// wg.Client.Device. After success, Run must be called.
+func (t *Tracker) Start() error {
+	// How many peers, and is the kernel the one to ask?
+	d, err := t.cfg.WG.Device(t.cfg.Device)
+	if err != nil {
+		return err
+	}
+	rung, reason := RungFentry, ""
+	if !d.Kernel {
+		rung, reason = RungPolling, "the device is a user space implementation, which the kernel hook cannot see"
+	} else if err := t.cfg.Kernel.follow(t.id(), len(d.Peers), &subscriber{t.event, t.lost, t.hookBroken}); err != nil {
+		rung, reason = RungPolling, err.Error()
+	}
+	t.choose(rung, reason)
+	if err := t.dump(dumpStart); err != nil {
+		_ = t.cfg.Kernel.unfollow(t.id()) // the reason for failing is the one to report
+		return err
+	}
+	return nil
+}
+
+func (t *Tracker) id() bpf.Device {
+	return bpf.Device{Ifindex: uint32(t.cfg.Ifindex), Netns: t.cfg.Netns}
+}
+
+func (t *Tracker) choose(rung Rung, reason string) {
+	t.mu.Lock()
+	t.status.Rung, t.status.Reason = rung, reason
+	t.mu.Unlock()
+	if reason == "" {
+		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung)
+	} else {
+		t.cfg.Log.Warn("following endpoint changes by polling: slower, and causes are guesses",
+			"device", t.cfg.Device, "every", t.cfg.Poll, "reason", reason)
+	}
+}
+
+// Run follows the device until ctx ends, when it returns nil, or until the device
+// is gone or has another key: the error then wraps wg.ErrNoDevice or is
+// ErrRekeyed.
+func (t *Tracker) Run(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, t.cfg.Kernel.unfollow(t.id())) }()
+
+	tick := time.NewTicker(t.interval())
+	defer tick.Stop()
+	for {
+		why := dumpSweep
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-t.broken:
+			t.choose(RungPolling, err.Error())
+			tick.Reset(t.interval())
+		case <-tick.C:
+		case <-t.resync:
+			why = dumpResync
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(resyncDelay):
+			}
+		}
+		switch err := t.dump(why); {
+		case errors.Is(err, wg.ErrNoDevice), errors.Is(err, ErrRekeyed):
+			return err
+		case err != nil:
+			// The next dump may succeed; the hook goes on meanwhile.
+			t.cfg.Log.Error("cannot read device", "device", t.cfg.Device, "err", err)
+		}
+	}
+}
+
+func (t *Tracker) interval() time.Duration {
+	if t.Status().Rung == RungPolling {
+		return t.cfg.Poll
+	}
+	return t.cfg.Sweep
+}
+
+// event takes an event of the kernel hook.
+func (t *Tracker) event(e bpf.Event) {
+	now := time.Now()
+	boot, err := bootTime()
+	if err != nil {
+		boot = e.Boot
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p := t.peers[e.Peer]
+	if p == nil {
+		p = &peer{endpoint: e.Old}
+		t.peers[e.Peer] = p
+	}
+	if e.Boot == p.boot && e.New == p.endpoint {
+		return // the same event, out of the map
+	}
+	if e.Boot <= p.boot {
+		// Recovered from the map already, or two CPUs put theirs into the ring
+		// in the other order. Which one the kernel kept, only the kernel knows.
+		t.wantDump()
+		return
+	}
+	p.boot = e.Boot
+	if e.Old != p.endpoint {
+		// Two packets raced through the hook on two CPUs, or an event was
+		// missed: the program runs before the kernel takes the peer's lock, and
+		// is skipped while it is running on the same CPU.
+		t.wantDump()
+	}
+	if e.New == p.endpoint {
+		// The other one of two packets that brought the same news.
+		return
+	}
+	old := p.endpoint
+	p.endpoint = e.New
+	t.status.Events++
+	t.tell(wgroam.Observation{
+		Peer: e.Peer, Old: old, New: e.New, Cause: e.Cause,
+		At: now.Add(e.Boot - boot),
+	})
+}
+
+// lost notes that the newest event of every peer is about to be delivered again.
+// Those that had changed before are known by their time.
+func (t *Tracker) lost() {
+	t.mu.Lock()
+	t.status.Resyncs++
+	t.mu.Unlock()
+	t.cfg.Log.Warn("the kernel had more endpoint changes than the ring buffer could hold; "+
+		"taking the newest of each peer", "device", t.cfg.Device)
+}
+
+func (t *Tracker) hookBroken(err error) {
+	select {
+	case t.broken <- err:
+	default:
+	}
+}
+
+func (t *Tracker) wantDump() {
+	select {
+	case t.resync <- struct{}{}:
+	default:
+	}
+}
+
+// tell is called with t.mu held, so that dumps and events of a peer are told in
+// the order in which they were put.
+func (t *Tracker) tell(o wgroam.Observation) {
+	t.cfg.View.Set(o.Peer, wgroam.Holding{Endpoint: o.New, Cause: o.Cause})
+	t.cfg.Emit(o)
+}
+
+type dumpReason int
+
+const (
+	dumpStart dumpReason = iota
+	dumpResync
+	dumpSweep // or a poll, on the polling rung
+)
+
+// dump reads the device and takes over what differs from the events.
+func (t *Tracker) dump(why dumpReason) error {
+	start, err := bootTime()
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	d, err := t.cfg.WG.Device(t.cfg.Device)
+	if err != nil {
+		return err
+	}
+	// An event from before the dump that still waits would look like a miss.
+	if err := t.cfg.Kernel.barrier(); err != nil {
+		return err
+	}
+
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.key == (wgroam.Key{}) {
+		t.key = d.PublicKey
+	}
+	if t.key != d.PublicKey {
+		return fmt.Errorf("%w: %s", ErrRekeyed, t.cfg.Device)
+	}
+	if why == dumpResync {
+		t.status.Resyncs++
+	}
+	present := make(map[wgroam.Key]bool, len(d.Peers))
+	for _, dp := range d.Peers {
+		present[dp.Key] = true
+		p, known := t.peers[dp.Key]
+		if !known {
+			p = &peer{}
+			t.peers[dp.Key] = p
+		}
+		spoke := dp.Received > p.received
+		p.received = dp.Received
+		if p.boot >= start {
+			// An event came while the device was being read: it is newer.
+			continue
+		}
+		held, seen := t.cfg.View.Get(dp.Key)
+		if seen && held.Endpoint == dp.Endpoint {
+			// Nothing new, or what the applier has just written: with polling,
+			// the View is the first to know.
+			p.endpoint = dp.Endpoint
+			continue
+		}
+		if seen && p.endpoint == dp.Endpoint {
+			// The View knows of a write that has not happened.
+			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig})
+			continue
+		}
+		o := wgroam.Observation{Peer: dp.Key, Old: p.endpoint, New: dp.Endpoint}
+		p.endpoint = dp.Endpoint
+		switch {
+		case !dp.Endpoint.IsValid():
+			// A peer without an endpoint: new, or removed and added again.
+			t.cfg.View.Set(dp.Key, wgroam.Holding{})
+			continue
+		case !known && !dp.LastHandshake.IsZero():
+			// A peer that has completed a handshake was there at that time, if
+			// not later; a restart on live sessions loses nothing.
+			o.Cause, o.At = wgroam.CauseSnapshot, dp.LastHandshake
+		case spoke && !dp.LastHandshake.IsZero():
+			// Its packets arrived since the last dump, and the endpoint is
+			// another: they brought it.
+			o.Cause, o.At = wgroam.CauseData, now
+		default:
+			o.Cause, o.At = wgroam.CauseConfig, now
+		}
+		if known {
+			t.status.Events++
+			if why == dumpSweep && t.status.Rung != RungPolling {
+				t.status.SweepRepairs++
+			}
+		}
+		t.tell(o)
+	}
+	for k := range t.peers {
+		if !present[k] {
+			delete(t.peers, k)
+		}
+	}
+	t.cfg.View.Keep(func(k wgroam.Key) bool { return present[k] })
+	return nil
+}
