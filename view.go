@@ -5,6 +5,7 @@ package wgroam
 import (
 	"net/netip"
 	"sync"
+	"time"
 )
 
 // Holding is what the local device holds for one peer.
@@ -13,6 +14,8 @@ type Holding struct {
 	Endpoint netip.AddrPort
 	// Cause says how the device came by the endpoint; zero when it has none.
 	Cause Cause
+	// At is when it did; see Observation.
+	At time.Time
 }
 
 // View is what is known of the local device: which peers it has and with which
@@ -69,6 +72,13 @@ func (v *View) Get(k Key) (h Holding, ok bool) {
 	defer v.mu.Unlock()
 	h, ok = v.peers[k]
 	return h, ok
+}
+
+// Len returns the number of peers.
+func (v *View) Len() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.peers)
 }
 
 // Peers returns a copy of the view.

@@ -266,7 +266,7 @@ func (t *Tracker) wantDump() {
 // tell is called with t.mu held, so that dumps and events of a peer are told in
 // the order in which they were put.
 func (t *Tracker) tell(o wgroam.Observation) {
-	t.cfg.View.Set(o.Peer, wgroam.Holding{Endpoint: o.New, Cause: o.Cause})
+	t.cfg.View.Set(o.Peer, wgroam.Holding{Endpoint: o.New, Cause: o.Cause, At: o.At})
 	t.cfg.Emit(o)
 }
 
@@ -328,7 +328,7 @@ func (t *Tracker) dump(why dumpReason) error {
 		}
 		if seen && p.endpoint == dp.Endpoint {
 			// The View knows of a write that has not happened.
-			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig})
+			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig, At: now})
 			continue
 		}
 		o := wgroam.Observation{Peer: dp.Key, Old: p.endpoint, New: dp.Endpoint}
@@ -348,6 +348,11 @@ func (t *Tracker) dump(why dumpReason) error {
 			o.Cause, o.At = wgroam.CauseData, now
 		default:
 			o.Cause, o.At = wgroam.CauseConfig, now
+		}
+		if why == dumpStart && o.Cause == wgroam.CauseConfig {
+			// It was there before us: not a change, nor an observation.
+			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: o.New, Cause: o.Cause, At: now})
+			continue
 		}
 		if known {
 			t.status.Events++
