@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT
+
+package control
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNoDaemon is what Get and Stream wrap when nobody listens on the socket.
+var ErrNoDaemon = errors.New("no daemon answers")
+
+// Get asks the daemon on the socket at path and decodes the one document of
+// its answer into out: *Status for VerbStatus, *Peers for VerbPeers, or a
+// *json.RawMessage for the bytes as they are. Fields that out does not have are
+// skipped.
+//
+// The error wraps ErrNoDaemon when there is none, fs.ErrPermission when the
+// caller may not ask, and ctx.Err() when ctx is done.
+func Get(ctx context.Context, path, verb string, out any) error {
+	return ask(ctx, path, verb, func(r *bufio.Reader) error {
+		raw, err := io.ReadAll(r)
+		if err != nil {
+			return err
+		}
+		if len(raw) == 0 {
+			return io.EOF
+		}
+		if err := refusal(raw); err != nil {
+			return err
+		}
+		return json.Unmarshal(raw, out)
+	})
+}
+
+// Stream asks the daemon on the socket at path and calls each with every line
+// of its answer: for VerbWatch an Event or a Missed. The bytes are each's to
+// keep. Stream returns the error that each returned, unwrapped, or one that
+// wraps io.EOF when the daemon has ended, or one as of Get; never nil.
+func Stream(ctx context.Context, path, verb string, each func(json.RawMessage) error) error {
+	var stopped error
+	err := ask(ctx, path, verb, func(r *bufio.Reader) error {
+		for {
+			line, err := r.ReadBytes('\n')
+			if err != nil {
+				return err // A line cut off is no line.
+			}
+			line = bytes.TrimSpace(line)
+			if err := refusal(line); err != nil {
+				return err
+			}
+			if stopped = each(line); stopped != nil {
+				return stopped
+			}
+		}
+	})
+	if stopped != nil {
+		return stopped
+	}
+	return err
+}
+
+// refusal returns the error that an answer consists of, if it does.
+func refusal(answer []byte) error {
+	if !bytes.HasPrefix(answer, []byte(`{"error":`)) {
+		return nil
+	}
+	var f failure
+	if err := json.Unmarshal(answer, &f); err != nil {
+		return err
+	}
+	return errors.New(f.Error)
+}
+
+func ask(ctx context.Context, path, verb string, read func(*bufio.Reader) error) error {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", path)
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+		return fmt.Errorf("%w on %s: start one with wgroam run, or pass --socket", ErrNoDaemon, path)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%s: %w: run as root", path, fs.ErrPermission)
+	default:
+		return fmt.Errorf("control socket %s: %w", path, err)
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+
+	err = encode(c, request{verb})
+	if err == nil {
+		err = read(bufio.NewReader(c))
+	}
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, io.EOF), errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):
+		return fmt.Errorf("the daemon on %s has ended: %w", path, io.EOF)
+	default:
+		return fmt.Errorf("the daemon on %s, verb %s: %w", path, verb, err)
+	}
+}

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+
+package control
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/wgroam/wgroam"
+)
+
+// Schema is the version of the documents below. Fields may be added under the
+// same number; none is renamed, removed or given another meaning.
+const Schema = 1
+
+// Status is the answer to the verb status. Arrays are never null and have a
+// fixed order, so that two equal states are equal bytes.
+type Status struct {
+	Schema  int            `json:"schema"`
+	Node    string         `json:"node"`
+	NodeID  string         `json:"node_id"` // 16 hexadecimal digits
+	Version string         `json:"version"`
+	Started time.Time      `json:"started"` // RFC 3339, UTC
+	Devices []DeviceStatus `json:"devices"` // by name
+}
+
+// The values of DeviceStatus.State.
+const (
+	StateUp      = "up"
+	StateDown    = "down"    // the link is down
+	StateMissing = "missing" // there was such a device, and it is gone
+	StateWaiting = "waiting" // there has been no such device yet
+)
+
+// DeviceStatus is one WireGuard device of this node. Counters count from the
+// start of the daemon.
+type DeviceStatus struct {
+	Name     string       `json:"name"`
+	Ifindex  int          `json:"ifindex"` // 0 without a device
+	State    string       `json:"state"`   // up, down, missing, waiting
+	Role     string       `json:"role"`    // active, standby, always, auto
+	Standby  string       `json:"standby"` // down, silent
+	VIP      []netip.Addr `json:"vip"`     // in the order of the configuration
+	Group    string       `json:"group"`   // group id; empty until the device's key is known
+	Detector Detector     `json:"detector"`
+
+	Events       uint64 `json:"events"`        // endpoint changes reported by the detector
+	Lost         uint64 `json:"lost"`          // changes that the detector had no room for
+	Resyncs      uint64 `json:"resyncs"`       // full reads after a loss
+	SweepRepairs uint64 `json:"sweep_repairs"` // changes that only the slow sweep found; 0 in health
+
+	Peers       int    `json:"peers"`        // in the device
+	Records     int    `json:"records"`      // in the table
+	Waiting     int    `json:"waiting"`      // records of peers that the device does not have
+	Applied     uint64 `json:"applied"`      // endpoints written to the device
+	ApplyErrors uint64 `json:"apply_errors"` // endpoints that could not be written, retries included
+	LastError   string `json:"last_error"`   // the newest error of any part; empty when none
+
+	Feed FeedStatus `json:"feed"`
+}
+
+// The values of Detector.Rung, best first.
+const (
+	RungFentry  = "fentry"
+	RungKprobe  = "kprobe"
+	RungPort    = "port"
+	RungPolling = "polling"
+	RungNone    = "none"
+)
+
+// Detector says how endpoint changes are seen.
+type Detector struct {
+	Rung   string `json:"rung"`   // fentry, kprobe, port, polling, none
+	Reason string `json:"reason"` // why not a better one; empty for the best
+}
+
+// The values of FeedStatus.Mode.
+const (
+	FeedEmbedded = "embedded"
+	FeedExisting = "existing"
+	FeedNone     = "none"
+)
+
+// FeedStatus is the exchange with the other nodes of the device's group.
+type FeedStatus struct {
+	Mode        string            `json:"mode"`        // embedded, existing, none
+	Listen      string            `json:"listen"`      // the embedded server's host:port; empty when none
+	Connections []Connection      `json:"connections"` // by name
+	Nodes       []NodeStatus      `json:"nodes"`       // the others, by name and id
+	Refused     map[string]uint64 `json:"refused"`     // received frames and records that changed nothing, by reason
+	Sent        uint64            `json:"sent"`        // records published, repeats for a sync included
+	Received    uint64            `json:"received"`    // records received and authentic
+}
+
+// Connection is one connection to a NATS server.
+type Connection struct {
+	Name      string    `json:"name"` // host:port or URL, without user and password
+	Connected bool      `json:"connected"`
+	Since     time.Time `json:"since"` // of the present state; RFC 3339, UTC
+	Error     string    `json:"error"` // why not connected; empty when connected
+}
+
+// The values of NodeStatus.State.
+const (
+	NodeSynced  = "synced"
+	NodeSyncing = "syncing"
+	NodeStale   = "stale"
+)
+
+// NodeStatus is another node of the group.
+type NodeStatus struct {
+	Name    string `json:"name"`    // empty until it has said its name
+	ID      string `json:"id"`      // 16 hexadecimal digits
+	Role    string `json:"role"`    // active, standby, always
+	State   string `json:"state"`   // synced, syncing, stale
+	AgeMS   int64  `json:"age_ms"`  // since it was last heard
+	SkewMS  int64  `json:"skew_ms"` // its clock minus ours
+	Records int    `json:"records"` // in its table
+}
+
+// Peers is the answer to the verb peers.
+type Peers struct {
+	Schema int    `json:"schema"`
+	Peers  []Peer `json:"peers"` // by device, then key bytes
+}
+
+// The values of Peer.Applied.
+const (
+	AppliedYes        = "yes"        // the device holds the newest endpoint
+	AppliedNo         = "no"         // not yet, or it failed: see Peer.Error
+	AppliedWaiting    = "waiting"    // the device does not have the peer
+	AppliedOverridden = "overridden" // an administrator has set another endpoint since
+)
+
+// Peer is what is known of one WireGuard peer. Endpoints are ip:port or
+// [ip6]:port, and empty when there is none.
+type Peer struct {
+	Device   string         `json:"device"`
+	Peer     wgroam.Key     `json:"peer"`     // base64
+	Endpoint netip.AddrPort `json:"endpoint"` // the newest that any node has authenticated
+	Held     netip.AddrPort `json:"held"`     // what the device holds
+	Cause    string         `json:"cause"`    // data, response, initiation, config, snapshot; empty without endpoint
+	Node     string         `json:"node"`     // who saw it: name, or id while the name is unknown
+	// Observed is RFC 3339, UTC; absent without a record.
+	Observed time.Time `json:"observed,omitzero"`
+	AgeS     int64     `json:"age_s"` // seconds since Observed; 0 without a record
+	Applied  string    `json:"applied"`
+	Error    string    `json:"error"` // why Applied is no; empty when unknown or none
+}
+
+// Event is one line of the verb watch: a change of a peer's endpoint in this
+// node's device.
+type Event struct {
+	Time   time.Time      `json:"time"` // when the kernel accepted it; RFC 3339 with nanoseconds, UTC
+	Device string         `json:"device"`
+	Peer   wgroam.Key     `json:"peer"`  // base64
+	Old    netip.AddrPort `json:"old"`   // ip:port or [ip6]:port; empty when none
+	New    netip.AddrPort `json:"new"`   // as Old
+	Cause  string         `json:"cause"` // data, response, initiation, config
+	// LatencyUS is how long the change took from the kernel to wgroam, in
+	// microseconds.
+	LatencyUS int64 `json:"latency_us"`
+}
+
+// NewEvent returns the line for an observation on device that reached wgroam
+// at the time seen.
+func NewEvent(device string, o wgroam.Observation, seen time.Time) Event {
+	return Event{
+		Time:      o.At.UTC(),
+		Device:    device,
+		Peer:      o.Peer,
+		Old:       o.Old,
+		New:       o.New,
+		Cause:     o.Cause.String(),
+		LatencyUS: max(0, seen.Sub(o.At).Microseconds()),
+	}
+}
+
+// Missed is the line of the verb watch that stands where events are missing
+// because the client did not read fast enough. The first line is a Missed of 0:
+// the client hears of everything from then on.
+type Missed struct {
+	Missed uint64 `json:"missed"`
+}
+
+// settle gives s its fixed form. It works on copies: the slices belong to the
+// handler.
+func (s Status) settle() Status {
+	s.Schema = Schema
+	s.Started = s.Started.UTC()
+	s.Devices = sorted(s.Devices, func(a, b DeviceStatus) int { return cmp.Compare(a.Name, b.Name) })
+	for i := range s.Devices {
+		d := &s.Devices[i]
+		d.VIP = append([]netip.Addr{}, d.VIP...)
+		f := &d.Feed
+		f.Connections = sorted(f.Connections, func(a, b Connection) int { return cmp.Compare(a.Name, b.Name) })
+		for j := range f.Connections {
+			f.Connections[j].Since = f.Connections[j].Since.UTC()
+		}
+		f.Nodes = sorted(f.Nodes, func(a, b NodeStatus) int {
+			return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID))
+		})
+		if f.Refused == nil {
+			f.Refused = map[string]uint64{}
+		}
+	}
+	return s
+}
+
+func settlePeers(peers []Peer) Peers {
+	peers = sorted(peers, func(a, b Peer) int {
+		return cmp.Or(cmp.Compare(a.Device, b.Device), slices.Compare(a.Peer[:], b.Peer[:]))
+	})
+	for i := range peers {
+		if !peers[i].Observed.IsZero() {
+			peers[i].Observed = peers[i].Observed.UTC()
+		}
+	}
+	return Peers{Schema: Schema, Peers: peers}
+}
+
+// sorted returns a sorted copy of s, never nil.
+func sorted[T any](s []T, by func(a, b T) int) []T {
+	s = append([]T{}, s...)
+	slices.SortStableFunc(s, by)
+	return s
+}
