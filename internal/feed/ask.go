@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT
+
+package feed
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/wgroam/wgroam"
+)
+
+// ErrNoAnswer is returned by Ask when no node has answered in full.
+var ErrNoAnswer = errors.New("no node has answered")
+
+const (
+	// answerWait is how long the first chunk of an answer may take.
+	answerWait = 250 * time.Millisecond
+	// chunkWait is how long a later chunk may take.
+	chunkWait = 2 * time.Second
+	// fresh is how old the last beat of a node may be that is asked.
+	fresh = 2 * time.Second
+	// maxHeard bounds the memory of other nodes.
+	maxHeard = 256
+)
+
+// hear remembers which connection leads to a node.
+func (l *Link) hear(c *conn, b Beat) {
+	now := time.Now()
+	l.heardMu.Lock()
+	defer l.heardMu.Unlock()
+	if len(l.heard) == 0 {
+		close(l.hearing) // once: what is heard is replaced, but never empty again
+	}
+	if _, ok := l.heard[b.Node]; !ok && len(l.heard) >= maxHeard {
+		for n, h := range l.heard {
+			if now.Sub(h.at) > fresh {
+				delete(l.heard, n)
+			}
+		}
+		if len(l.heard) >= maxHeard {
+			return
+		}
+	}
+	l.heard[b.Node] = heard{at: now, via: c, records: b.Records}
+}
+
+// target is a node to ask, and the connections to ask it on.
+type target struct {
+	node    wgroam.NodeID
+	via     []*conn
+	records uint32
+}
+
+// targets returns the nodes that have been heard lately, fullest table first,
+// or only the given one.
+func (l *Link) targets(node wgroam.NodeID) []target {
+	now := time.Now()
+	l.heardMu.Lock()
+	defer l.heardMu.Unlock()
+	var out []target
+	for n, h := range l.heard {
+		if (node == 0 || n == node) && now.Sub(h.at) <= fresh && h.via.up.Load() {
+			out = append(out, target{n, []*conn{h.via}, h.records})
+		}
+	}
+	slices.SortFunc(out, func(a, b target) int {
+		return cmp.Or(cmp.Compare(b.records, a.records), cmp.Compare(a.node, b.node))
+	})
+	return out
+}
+
+// Ask asks a node for all that it has and we have not, by the digests of our
+// table, and yields the answer in pieces of at most MaxRecords records. It may
+// contain records that we have.
+//
+// With node zero, it asks the node with the most records of those it hears, and
+// the next one when there is no answer within 250 ms. While it hears none, it
+// waits as long for one to appear, and then asks whoever listens.
+//
+// An error is the last thing that is yielded. It is ctx's error, or wraps
+// ErrNoAnswer or ErrNoLink. What came before it is good all the same.
+func (l *Link) Ask(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests) iter.Seq2[Update, error] {
+	return func(yield func(Update, error) bool) {
+		list := l.targets(node)
+		if len(list) == 0 && node == 0 {
+			select {
+			case <-l.hearing:
+			case <-time.After(answerWait):
+			case <-ctx.Done():
+			}
+			list = l.targets(node)
+		}
+		if len(list) == 0 {
+			all := target{node: node}
+			for _, c := range l.conns {
+				if c.up.Load() {
+					all.via = append(all.via, c)
+				}
+			}
+			if len(all.via) == 0 {
+				yield(Update{}, fmt.Errorf("ask for missed records: %w", ErrNoLink))
+				return
+			}
+			list = append(list, all)
+		}
+		var errs []error
+		for _, t := range list {
+			err := l.ask(ctx, t, have, yield)
+			if err == nil || errors.Is(err, errStop) {
+				return
+			}
+			if ctx.Err() != nil {
+				yield(Update{}, ctx.Err())
+				return
+			}
+			errs = append(errs, err)
+		}
+		yield(Update{}, fmt.Errorf("%w: %w", ErrNoAnswer, errors.Join(errs...)))
+	}
+}
+
+var errStop = errors.New("the caller has had enough")
+
+// ask does one attempt.
+func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield func(Update, error) bool) error {
+	req := &Request{Have: *have, asked: t.node}
+	_, _ = rand.Read(req.bind[:]) // never fails
+	inbox := l.prefix + "r." + l.self.String() + "." + rand.Text()
+	subject := l.prefix + "q"
+	frame := l.keys.seal(nil, l.header(kindRequest, l.asks.Add(1), requestSize, 1), appendRequest(nil, req), subject, []byte(inbox))
+
+	replies := make(chan *nats.Msg)
+	done := make(chan struct{})
+	defer close(done)
+	var subs []*nats.Subscription
+	defer func() {
+		for _, sub := range subs {
+			_ = sub.Unsubscribe()
+		}
+	}()
+	asked := 0
+	for _, c := range t.via {
+		nc := c.nc.Load()
+		sub, err := nc.Subscribe(inbox, func(m *nats.Msg) {
+			select {
+			case replies <- m:
+			case <-done:
+			}
+		})
+		if err != nil {
+			continue
+		}
+		subs = append(subs, sub)
+		_ = sub.SetPendingLimits(-1, pendingBytes)
+		if nc.PublishRequest(subject, inbox, frame) == nil {
+			asked++
+		}
+	}
+	if asked == 0 {
+		return fmt.Errorf("%v: %w", t.node, ErrNoLink)
+	}
+
+	var from Header // the first who answers has the word
+	timer := time.NewTimer(answerWait)
+	defer timer.Stop()
+	for {
+		var m *nats.Msg
+		select {
+		case m = <-replies:
+		case <-timer.C:
+			return fmt.Errorf("%v: timeout after %d chunks", t.node, from.Seq)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		h, body, err := l.keys.open(m.Data, m.Subject, req.bind[:], kindReply)
+		var records []wgroam.Record
+		var bad int
+		if err == nil {
+			records, bad, err = decodeRecords(h, body)
+		}
+		if err != nil {
+			l.refuse(t.via[0], m.Subject, err)
+			continue
+		}
+		for range bad {
+			l.refuse(t.via[0], m.Subject, errMalformed)
+		}
+		if from.Seq == 0 {
+			from = Header{Node: h.Node, Boot: h.Boot}
+		}
+		if h.Node != from.Node || h.Boot != from.Boot {
+			continue
+		}
+		if h.Seq != from.Seq+1 {
+			return fmt.Errorf("%v: chunk %d came after %d", t.node, h.Seq, from.Seq)
+		}
+		from.Seq = h.Seq
+		if len(records) > 0 && !yield(Update{h.Header, records}, nil) {
+			return errStop
+		}
+		if h.flags&flagLast != 0 {
+			return nil
+		}
+		timer.Reset(chunkWait)
+	}
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: MIT
+
+package feed
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+const (
+	dialTimeout   = 2 * time.Second
+	reconnectWait = 100 * time.Millisecond
+	jitter        = 50 * time.Millisecond
+	// A subscription that reaches its limit drops what is newest.
+	pendingBytes = 64 << 20
+)
+
+// conn is one connection of a Link. It is dialled until the Link is closed.
+type conn struct {
+	l    *Link
+	name string
+	opts nats.Options
+	tls  *tls.Config // nil: nats.go does what the URL asks for
+
+	// nats.go holds its lock while it dials, so its own idea of being connected
+	// may block for as long as that takes. This one never does.
+	up atomic.Bool
+	nc atomic.Pointer[nats.Conn] // set before up is
+
+	// turn makes one change of state at a time, callbacks included.
+	turn       sync.Mutex
+	subscribed bool
+
+	mu      sync.Mutex
+	status  ConnStatus
+	logged  trouble
+	raw     net.Conn
+	closing bool
+
+	started sync.WaitGroup // the goroutine that connects first
+	running sync.WaitGroup // subscriptions
+	closed  chan struct{}
+}
+
+// trouble is the kind of failure that was last logged.
+type trouble int
+
+const (
+	troubleNone trouble = iota
+	troubleReach
+	troubleRefused
+)
+
+func (l *Link) newConn(name, url string, opts nats.Options) *conn {
+	c := &conn{
+		l: l, name: name, opts: opts,
+		status: ConnStatus{Name: name, URL: url},
+		closed: make(chan struct{}),
+	}
+	o := &c.opts
+	if o.Url == "" {
+		o.Url = url
+	}
+	o.Name = "wgroam " + l.name
+	o.NoEcho = true
+	o.AllowReconnect = true
+	o.MaxReconnect = -1
+	o.RetryOnFailedConnect = true
+	o.IgnoreAuthErrorAbort = true
+	// Nothing is kept for later: what is published late is old by then. The
+	// publisher keeps the peer and sends what is newest.
+	o.ReconnectBufSize = -1
+	o.Timeout = dialTimeout
+	o.FlusherTimeout = dialTimeout
+	o.PingInterval = time.Second
+	o.MaxPingsOut = 2
+	// The dialler looks up names, within its timeout.
+	o.SkipHostLookup = true
+	o.ConnectedCB = func(*nats.Conn) { c.connected() }
+	o.ReconnectedCB = func(*nats.Conn) { c.connected() }
+	o.DisconnectedErrCB = func(_ *nats.Conn, err error) { c.disconnected(err) }
+	o.ReconnectErrCB = func(_ *nats.Conn, err error) { c.failed(err) }
+	o.AsyncErrorCB = c.asyncError
+	o.ClosedCB = func(*nats.Conn) { close(c.closed) }
+	o.CustomReconnectDelayCB = func(int) time.Duration {
+		// A server that refuses us after the connection is made shows up
+		// nowhere else.
+		if nc := c.nc.Load(); nc != nil {
+			if err := nc.LastError(); err != nil {
+				c.failed(err)
+			}
+		}
+		return reconnectWait + rand.N(jitter)
+	}
+	l.conns = append(l.conns, c)
+	return c
+}
+
+// dialer implements nats.CustomDialer.
+type dialer struct {
+	dial func(network, addr string) (net.Conn, error)
+	tls  bool
+}
+
+func (d dialer) Dial(network, addr string) (net.Conn, error) { return d.dial(network, addr) }
+
+// SkipTLSHandshake tells nats.go that Dial does it.
+func (d dialer) SkipTLSHandshake() bool { return d.tls }
+
+// dial makes the TCP connection, and on top of it the TLS between members.
+func (c *conn) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	var d net.Dialer
+	raw, err := d.DialContext(ctx, network, addr)
+	if err != nil {
+		// Noted here, because nats.go makes nothing of a first refused one.
+		err = fmt.Errorf("%w: %w", errUnreachable, err)
+		c.failed(err)
+		return nil, err
+	}
+	c.mu.Lock()
+	c.raw = raw
+	closing := c.closing
+	c.mu.Unlock()
+	if closing {
+		_ = raw.Close()
+		return nil, net.ErrClosed
+	}
+	if c.tls == nil {
+		return raw, nil
+	}
+	t := tls.Client(raw, c.tls)
+	if err := t.HandshakeContext(ctx); err != nil {
+		_ = raw.Close()
+		return nil, explain(err)
+	}
+	return t, nil
+}
+
+func (c *conn) start(ctx context.Context) {
+	c.mu.Lock()
+	c.status.Since = time.Now()
+	c.mu.Unlock()
+	if c.opts.InProcessServer == nil {
+		c.opts.CustomDialer = dialer{
+			dial: func(network, addr string) (net.Conn, error) { return c.dial(ctx, network, addr) },
+			tls:  c.tls != nil,
+		}
+	}
+	// The first attempt is made by whoever calls Connect.
+	c.started.Go(func() {
+		nc, err := c.opts.Connect()
+		if err != nil { // the options are wrong, all else is retried
+			c.failed(err)
+			close(c.closed)
+			return
+		}
+		c.nc.Store(nc)
+		c.subscribe(nc)
+		if nc.IsConnected() {
+			c.connected()
+		}
+	})
+}
+
+// close disconnects, and returns when no callback runs any more. The dialler's
+// context has ended.
+func (c *conn) close() {
+	c.mu.Lock()
+	c.closing = true
+	if c.raw != nil {
+		// Or nats.go waits for the other end, under its lock.
+		_ = c.raw.Close()
+	}
+	c.mu.Unlock()
+	c.started.Wait()
+	if nc := c.nc.Load(); nc != nil {
+		nc.Close()
+	}
+	<-c.closed
+	c.running.Wait()
+}
+
+func (c *conn) subscribe(nc *nats.Conn) {
+	// One subscription for updates and beats, so that a beat does not overtake
+	// the update it speaks of.
+	for subject, f := range map[string]func(*conn, *nats.Msg){
+		c.l.prefix + "*.*": c.l.receive,
+		c.l.prefix + "q":   c.l.receiveRequest,
+	} {
+		sub, err := nc.Subscribe(subject, func(m *nats.Msg) { f(c, m) })
+		if err != nil { // closed
+			return
+		}
+		c.running.Add(1)
+		sub.SetClosedHandler(func(string) { c.running.Done() })
+		_ = sub.SetPendingLimits(-1, pendingBytes)
+	}
+	c.turn.Lock()
+	c.subscribed = true
+	c.turn.Unlock()
+}
+
+func (c *conn) state() ConnStatus {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.status
+}
+
+func (c *conn) connected() {
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	if !c.subscribed {
+		return // subscribe's caller looks again
+	}
+	c.mu.Lock()
+	closing := c.closing
+	if !c.status.Connected {
+		c.status.Connected, c.status.Since = true, time.Now()
+	}
+	c.logged = troubleNone
+	c.mu.Unlock()
+	if closing {
+		return
+	}
+	if !c.up.Swap(true) {
+		c.l.log.Info("feed connected", "conn", c.name)
+	}
+	// Also when it was up: a break so short that it went unseen is a break.
+	c.l.emit(Event{Conn: c.name, Up: true})
+}
+
+func (c *conn) disconnected(err error) {
+	if err == nil {
+		err = errors.New("closed by the other end")
+	}
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	if !c.up.Swap(false) {
+		return
+	}
+	c.mu.Lock()
+	closing := c.closing
+	c.status.Connected, c.status.Since, c.status.LastError = false, time.Now(), err.Error()
+	c.logged = troubleReach
+	c.mu.Unlock()
+	if closing {
+		return
+	}
+	c.l.log.Warn("feed connection lost, trying again", "conn", c.name, "err", err)
+	c.l.emit(Event{Conn: c.name, Err: err})
+}
+
+var errUnreachable = errors.New("unreachable")
+
+// failed notes a failed attempt. It is logged when the kind of failure is not
+// the one logged last: a node that is gone for a day is one line.
+func (c *conn) failed(err error) {
+	if errors.Is(err, nats.ErrNoServers) {
+		return // dial has said it better
+	}
+	kind := troubleRefused
+	if errors.Is(err, errUnreachable) {
+		kind = troubleReach
+	}
+	c.mu.Lock()
+	c.status.LastError = err.Error()
+	quiet := c.closing || c.logged == kind
+	c.logged = kind
+	c.mu.Unlock()
+	if !quiet {
+		c.l.log.Warn("cannot connect to the feed, trying again", "conn", c.name, "err", err)
+	}
+}
+
+// explain says in words what a failed handshake between nodes means.
+func explain(err error) error {
+	switch {
+	case strings.Contains(err.Error(), "unrecognized name"):
+		// crypto/tls exports no type for an alert that it received.
+		return errors.New("the other node does not know this group: its device has another private key (or another secret), or is not up yet")
+	case errors.Is(err, io.EOF), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("no TLS there, so probably no node: %w", err)
+	}
+	return fmt.Errorf("TLS: %w", err)
+}
+
+func (c *conn) asyncError(_ *nats.Conn, sub *nats.Subscription, err error) {
+	if errors.Is(err, nats.ErrSlowConsumer) {
+		c.l.count.dropped.Add(1)
+		if c.l.slow.allow(time.Now()) {
+			c.l.log.Warn("messages on the feed were lost because this node is too slow; they are asked for again", "conn", c.name)
+		}
+		return
+	}
+	c.mu.Lock()
+	c.status.LastError = err.Error()
+	closing := c.closing
+	c.mu.Unlock()
+	if closing || !c.l.denied.allow(time.Now()) {
+		return
+	}
+	args := []any{"conn", c.name, "err", err}
+	if errors.Is(err, nats.ErrPermissionViolation) {
+		args = append(args, "remedy", "allow publish and subscribe on "+c.l.prefix+">")
+	}
+	if sub != nil {
+		args = append(args, "subject", sub.Subject)
+	}
+	c.l.log.Error("feed error", args...)
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+
+package feed
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/nats-io/nats.go"
+)
+
+// External says how to reach an existing NATS. Without URL and Context there is
+// none.
+type External struct {
+	// URL is one or more URLs, separated by commas.
+	URL string
+	// Context is the name of a context of the NATS command line tool. What the
+	// other fields give goes before what the context says.
+	Context string
+	// Creds and NKey are paths of a credentials file and of an NKey seed.
+	Creds, NKey string
+	// CA, Cert and Key are paths of PEM files: authorities, and a client
+	// certificate with its key.
+	CA, Cert, Key string
+}
+
+func (e External) empty() bool { return e.URL == "" && e.Context == "" }
+
+// natsContext is the part of a context file that says how to connect.
+type natsContext struct {
+	URL      string `json:"url"`
+	Creds    string `json:"creds"`
+	NKey     string `json:"nkey"`
+	Token    string `json:"token"`
+	User     string `json:"user"`
+	Password string `json:"password"`
+	CA       string `json:"ca"`
+	Cert     string `json:"cert"`
+	Key      string `json:"key"`
+}
+
+func readContext(name string) (natsContext, error) {
+	var c natsContext
+	if name != filepath.Base(name) {
+		return c, fmt.Errorf("nats context %q: want the name of a context, not a path", name)
+	}
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return c, fmt.Errorf("nats context %q: %w: set HOME, or use url instead", name, err)
+	}
+	path := filepath.Join(dir, "nats", "context", name+".json")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return c, fmt.Errorf("nats context %q: %w: `nats context ls` lists what there is, per user", name, err)
+	}
+	if err := json.Unmarshal(b, &c); err != nil {
+		return c, fmt.Errorf("nats context %q: %s: %w", name, path, err)
+	}
+	return c, nil
+}
+
+// options returns the options for a connection, and the URLs without secrets.
+func (e External) options() (nats.Options, string, error) {
+	o := nats.GetDefaultOptions()
+	var c natsContext
+	if e.Context != "" {
+		var err error
+		if c, err = readContext(e.Context); err != nil {
+			return o, "", err
+		}
+	}
+	first := func(own string, of *string) {
+		if own != "" {
+			*of = own
+		}
+	}
+	first(e.URL, &c.URL)
+	first(e.CA, &c.CA)
+	first(e.Cert, &c.Cert)
+	first(e.Key, &c.Key)
+	if e.Creds != "" || e.NKey != "" {
+		c.Creds, c.NKey, c.Token, c.User, c.Password = e.Creds, e.NKey, "", "", ""
+	}
+	if c.URL == "" {
+		return o, "", fmt.Errorf("nats context %q has no url: set one", e.Context)
+	}
+	if c.Creds != "" && c.NKey != "" {
+		return o, "", errors.New("nats: creds and nkey exclude each other: remove one")
+	}
+	if (c.Cert == "") != (c.Key == "") {
+		return o, "", errors.New("nats: tls.cert and tls.key belong together: set both")
+	}
+
+	o.Url = c.URL
+	o.User, o.Password, o.Token = c.User, c.Password, c.Token
+	var set []nats.Option
+	if c.Creds != "" {
+		if _, err := os.Stat(c.Creds); err != nil {
+			return o, "", fmt.Errorf("nats creds: %w", err)
+		}
+		set = append(set, nats.UserCredentials(c.Creds))
+	}
+	if c.NKey != "" {
+		opt, err := nats.NkeyOptionFromSeed(c.NKey)
+		if err != nil {
+			return o, "", fmt.Errorf("nats nkey %s: %w", c.NKey, err)
+		}
+		set = append(set, opt)
+	}
+	if c.CA != "" {
+		set = append(set, nats.RootCAs(c.CA))
+	}
+	if c.Cert != "" {
+		set = append(set, nats.ClientCert(c.Cert, c.Key))
+	}
+	for _, opt := range set {
+		if err := opt(&o); err != nil {
+			return o, "", fmt.Errorf("nats tls: %w", err)
+		}
+	}
+	return o, redact(c.URL), nil
+}

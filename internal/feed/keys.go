@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MIT
+
+package feed
+
+import (
+	"crypto/cipher"
+	"crypto/ed25519"
+	"crypto/hkdf"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base32"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/chacha20poly1305"
+)
+
+// Keys is all that a group shares. Every gateway derives the same Keys from the
+// private key of its WireGuard device; whoever has it is a member.
+//
+// Keys never prints its secrets. The zero value is not usable; see Derive.
+type Keys struct {
+	// Behind a function: in a field that is not exported fmt calls no methods,
+	// and a pointer it follows when the verb does not fit.
+	s func() *secrets
+}
+
+type secrets struct {
+	group  string
+	kid    uint32
+	digest [32]byte
+	aead   cipher.AEAD
+	tls    *tls.Config
+	pin    ed25519.PublicKey
+}
+
+// ErrNoKey is returned by Derive for a device without a private key.
+var ErrNoKey = errors.New("the device has no private key")
+
+const salt = "wgroam-v1"
+
+// Derive makes the Keys of the group whose devices have the given private key.
+// It clamps the key first, as the kernel does when one is set (noise.c
+// wg_noise_set_static_identity_private_key), so that a key from a file and the
+// same key read back from a device give the same group. A secret, which may be
+// nil, is mixed in: a group then shares the two of them.
+//
+// The caller zeroes its own copy of the private key. The error is ErrNoKey for
+// an all-zero key.
+func Derive(private [32]byte, secret []byte) (Keys, error) {
+	defer clear(private[:])
+	if private == [32]byte{} {
+		return Keys{}, ErrNoKey
+	}
+	private[0] &= 248
+	private[31] = private[31]&127 | 64
+	ikm := append(private[:len(private):len(private)], secret...)
+	defer clear(ikm)
+	prk, err := hkdf.Extract(sha256.New, ikm, []byte(salt))
+	if err != nil {
+		return Keys{}, fmt.Errorf("derive keys: %w", err)
+	}
+	defer clear(prk)
+	expand := func(label string, n int) []byte {
+		b, e := hkdf.Expand(sha256.New, prk, label, n)
+		err = errors.Join(err, e)
+		return b
+	}
+	seal, digest := expand("seal", chacha20poly1305.KeySize), expand("digest", 32)
+	group, kid := expand("group", 16), expand("kid", 4)
+	seed := expand("tls", ed25519.SeedSize)
+	if err != nil {
+		return Keys{}, fmt.Errorf("derive keys: %w", err)
+	}
+	defer clear(seal)
+	defer clear(digest)
+	defer clear(seed)
+
+	s := &secrets{
+		group:  strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(group)),
+		kid:    binary.BigEndian.Uint32(kid),
+		digest: [32]byte(digest),
+	}
+	if s.aead, err = chacha20poly1305.NewX(seal); err != nil {
+		return Keys{}, fmt.Errorf("derive keys: %w", err)
+	}
+	if err := s.makeTLS(ed25519.NewKeyFromSeed(seed)); err != nil {
+		return Keys{}, fmt.Errorf("derive keys: %w", err)
+	}
+	return Keys{func() *secrets { return s }}, nil
+}
+
+// makeTLS prepares the configuration that both ends of a connection between two
+// members use. There is no authority: each end makes its own certificate from
+// the same key, and accepts that key and no other.
+func (s *secrets) makeTLS(key ed25519.PrivateKey) error {
+	s.pin = key.Public().(ed25519.PublicKey)
+	// Nothing but the key in it is ever looked at.
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		Subject:      pkix.Name{CommonName: s.group},
+		NotBefore:    time.Unix(0, 0),
+		NotAfter:     time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, s.pin, key)
+	if err != nil {
+		return err
+	}
+	s.tls = &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
+		// The name tells the server which group's certificate to present.
+		ServerName: s.group,
+		ClientAuth: tls.RequireAnyClientCert,
+		// Chains and names prove nothing here. verify does; it runs on
+		// every handshake, and TLS itself has the other end prove that it has
+		// the private key.
+		InsecureSkipVerify:     true, //nolint:gosec // the key is pinned by VerifyConnection
+		VerifyConnection:       s.verify,
+		SessionTicketsDisabled: true,
+	}
+	return nil
+}
+
+var errOtherKey = errors.New("the other end has another WireGuard private key (or another secret): not a member of this group")
+
+func (s *secrets) verify(cs tls.ConnectionState) error {
+	if len(cs.PeerCertificates) == 0 {
+		return errors.New("the other end has no certificate: not a member of this group")
+	}
+	if !s.pin.Equal(cs.PeerCertificates[0].PublicKey) {
+		return errOtherKey
+	}
+	return nil
+}
+
+// TLS returns the configuration for either end of a connection between two
+// members: TLS 1.3, each end presents the group's key and accepts no other.
+func (k Keys) TLS() *tls.Config { return k.s().tls.Clone() }
+
+// Group returns the name of the group on the bus: 26 characters, a-z and 2-7.
+// It says nothing about the key.
+func (k Keys) Group() string { return k.s().group }
+
+// DigestKey returns the key of the group's table digests, for
+// wgroam.NewTable.
+func (k Keys) DigestKey() [32]byte { return k.s().digest }
+
+// Format implements fmt.Formatter: whatever the verb, the name of the group is
+// all that shows.
+func (k Keys) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(k.String())) }
+
+// String returns the name of the group.
+func (k Keys) String() string {
+	if k.s == nil {
+		return "keys(none)"
+	}
+	return "keys(" + k.s().group + ")"
+}
+
+// GoString implements fmt.GoStringer.
+func (k Keys) GoString() string { return k.String() }
+
+// LogValue implements slog.LogValuer.
+func (k Keys) LogValue() slog.Value { return slog.StringValue(k.String()) }
