@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: MIT
+
+// Package publisher tells the other nodes of a group what this node has seen:
+// records as they are made, beats in between, and all that is in the table when
+// another node asks.
+package publisher
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/feed"
+)
+
+// Config says what to publish, and where.
+type Config struct {
+	// Link must not have been started when New is called.
+	Link  *feed.Link
+	Table *wgroam.Table
+	// Role tells what this node is, for its beats; it must not block.
+	Role func() feed.Role
+	// Beat is the time between beats; zero is DefaultBeat.
+	Beat time.Duration
+	Log  *slog.Logger
+}
+
+const (
+	// DefaultBeat is the time between beats.
+	DefaultBeat = 250 * time.Millisecond
+	// retry is how long to wait after a failed publish that no connection
+	// event explains.
+	retry = 100 * time.Millisecond
+	// farewell bounds what is still sent when Run is asked to end.
+	farewell = 100 * time.Millisecond
+)
+
+// Publisher publishes the records of one table.
+type Publisher struct {
+	cfg     Config
+	changes *wgroam.Changes
+	flushUp chan struct{} // a connection came up
+	beatUp  chan struct{}
+	asked   *requests
+}
+
+// New makes a Publisher. From now on, the records of this node that win in the
+// table wait to be published; Run publishes them.
+func New(cfg Config) *Publisher {
+	if cfg.Beat == 0 {
+		cfg.Beat = DefaultBeat
+	}
+	p := &Publisher{
+		cfg:     cfg,
+		changes: wgroam.NewChanges(),
+		flushUp: make(chan struct{}, 1),
+		beatUp:  make(chan struct{}, 1),
+		asked:   newRequests(),
+	}
+	cfg.Table.Notify(p.changes, p.own)
+	cfg.Link.OnRequest(p.asked.add)
+	cfg.Link.OnEvent(func(e feed.Event) {
+		if e.Up {
+			signal(p.flushUp)
+			signal(p.beatUp)
+		}
+	})
+	return p
+}
+
+// own keeps what came from another node from being published again.
+func (p *Publisher) own(r wgroam.Record) bool { return r.Version.Node == p.cfg.Link.Self() }
+
+// Waiting returns the number of peers whose newest record has not been
+// published.
+func (p *Publisher) Waiting() int { return p.changes.Len() }
+
+// Run publishes until ctx ends. Then it sends what still waits, for at most
+// 100 ms, and returns nil. The Link must outlive it.
+func (p *Publisher) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	wg.Go(func() { p.beat(ctx) })
+	wg.Go(func() { p.answer(ctx) })
+	p.publish(ctx)
+	wg.Wait()
+
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
+	defer cancel()
+	for end.Err() == nil {
+		if some, err := p.flush(); !some || err != nil {
+			break
+		}
+	}
+	p.sendBeat()
+	if err := p.cfg.Link.Flush(end); err != nil {
+		p.cfg.Log.Warn("the last records may not have reached the other nodes", "err", err)
+	}
+	return nil
+}
+
+func (p *Publisher) publish(ctx context.Context) {
+	failing := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.changes.Ready():
+		case <-p.flushUp:
+		}
+		for ctx.Err() == nil {
+			some, err := p.flush()
+			if err == nil {
+				failing = false
+				if !some {
+					break
+				}
+				continue
+			}
+			// The peers stay marked, once each, however often they change until
+			// a connection is up.
+			var again <-chan time.Time
+			if !errors.Is(err, feed.ErrNoLink) {
+				again = time.After(retry)
+				if !failing {
+					failing = true
+					p.cfg.Log.Warn("cannot publish, trying again", "err", err)
+				}
+			}
+			select {
+			case <-p.flushUp:
+			case <-again:
+			case <-ctx.Done():
+			}
+		}
+	}
+}
+
+// flush publishes the newest records of peers that wait, as many as fit into
+// one frame. It reports whether any waited.
+func (p *Publisher) flush() (some bool, err error) {
+	keys := p.changes.Take(feed.MaxRecords)
+	records := make([]wgroam.Record, 0, len(keys))
+	for _, k := range keys {
+		// Another node may have seen the peer since.
+		if r, ok := p.cfg.Table.Get(k); ok && p.own(r) {
+			records = append(records, r)
+		}
+	}
+	if len(records) == 0 {
+		return len(keys) > 0, nil
+	}
+	if err := p.cfg.Link.Publish(records); err != nil {
+		for _, k := range keys {
+			p.changes.Mark(k)
+		}
+		return true, err
+	}
+	return true, nil
+}
+
+func (p *Publisher) beat(ctx context.Context) {
+	t := time.NewTicker(p.cfg.Beat)
+	defer t.Stop()
+	for {
+		p.sendBeat()
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		case <-p.beatUp:
+		}
+	}
+}
+
+func (p *Publisher) sendBeat() {
+	digests := p.cfg.Table.Digests()
+	// Without a connection there is nobody to miss it.
+	_ = p.cfg.Link.Beat(feed.Beat{
+		Time:    time.Now(),
+		Role:    p.cfg.Role(),
+		Digest:  digests.Sum(),
+		Records: uint32(p.cfg.Table.Len()),
+	})
+}
+
+func (p *Publisher) answer(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.asked.ready:
+		}
+		for ctx.Err() == nil {
+			r := p.asked.next()
+			if r == nil {
+				break
+			}
+			if err := p.cfg.Link.Answer(ctx, r, p.cfg.Table.Differing(&r.Have)); err != nil {
+				p.cfg.Log.Debug("answer to a sync request cut short", "node", r.Node, "err", err)
+			}
+		}
+	}
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
