@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: MIT
+
+// Package applier takes in what the other nodes know, and makes the local
+// WireGuard device agree.
+//
+// It has two halves that share nothing but the Table. A Merger turns messages of
+// the feed into records of the Table, and asks for those that went missing. An
+// Applier compares the Table with the device and writes the difference; it is a
+// reconciler, not a message handler, so that nothing depends on how the Table
+// came to be what it is.
+package applier
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// Device is what the Applier writes to: wg.Client, or something that fails as a
+// kernel rarely does.
+type Device interface {
+	SetEndpoints(name string, eps []wg.Endpoint) error
+}
+
+// How long a failed write waits before it is tried again, at first and at most.
+const (
+	retryFirst = 100 * time.Millisecond
+	retryMost  = 30 * time.Second
+)
+
+// Config describes an Applier.
+type Config struct {
+	Name   string // of the device
+	Device Device
+	Table  *wgroam.Table
+	View   *wgroam.View
+	Log    *slog.Logger
+}
+
+// State says whether the device holds what the Table says.
+type State string
+
+// The states of a peer.
+const (
+	// StateYes: the device holds the newest endpoint.
+	StateYes State = "yes"
+	// StateNo: not yet, or the write failed.
+	StateNo State = "no"
+	// StateWaiting: the device does not have the peer.
+	StateWaiting State = "waiting"
+	// StateOverridden: somebody configured another endpoint since.
+	StateOverridden State = "overridden"
+)
+
+// Status is what an Applier can tell of itself.
+type Status struct {
+	// Applied and Errors count endpoints written, and failed to write.
+	Applied, Errors uint64
+	// LastError is the newest failure; nil after a success.
+	LastError error
+}
+
+// written is what the Applier last wrote for a peer, or found in the device.
+type written struct {
+	version  wgroam.Version
+	endpoint netip.AddrPort // zero unless it was written here
+}
+
+// Applier writes the endpoints of the Table into one device.
+type Applier struct {
+	cfg     Config
+	changes *wgroam.Changes
+
+	mu     sync.Mutex
+	peers  map[wgroam.Key]written
+	status Status
+}
+
+// New returns an Applier for all that is in the Table, and all that will be.
+// Nothing is written before Run.
+func New(cfg Config) *Applier {
+	a := &Applier{cfg: cfg, changes: wgroam.NewChanges(), peers: make(map[wgroam.Key]written)}
+	cfg.Table.Notify(a.changes, nil)
+	cfg.View.Notify(a.changes)
+	for _, r := range cfg.Table.Records() {
+		a.changes.Mark(r.Peer)
+	}
+	return a
+}
+
+// Run applies until ctx ends.
+func (a *Applier) Run(ctx context.Context) {
+	var (
+		failed []wgroam.Key
+		delay  = retryFirst
+		retry  <-chan time.Time
+	)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.changes.Ready():
+		case <-retry:
+			retry = nil
+			for _, k := range failed {
+				a.changes.Mark(k)
+			}
+			failed = nil
+			continue
+		}
+		errs := a.apply(a.batch())
+		if len(errs) == 0 {
+			if failed == nil {
+				delay = retryFirst
+			}
+			continue
+		}
+		failed = append(failed, errs...)
+		if retry == nil {
+			retry = time.After(delay)
+			delay = min(2*delay, retryMost)
+		}
+	}
+}
+
+// batch returns the next endpoints to write, at most wg.ChunkPeers.
+func (a *Applier) batch() []wgroam.Record {
+	var out []wgroam.Record
+	for len(out) < wg.ChunkPeers {
+		keys := a.changes.Take(wg.ChunkPeers - len(out))
+		if len(keys) == 0 {
+			break
+		}
+		for _, k := range keys {
+			if r, state := a.decide(k); state == StateNo {
+				out = append(out, r)
+			}
+		}
+	}
+	return out
+}
+
+// decide compares the Table and the device on one peer. The state is empty when
+// the Table does not have it; only with StateNo there is something to write.
+func (a *Applier) decide(k wgroam.Key) (wgroam.Record, State) {
+	r, ok := a.cfg.Table.Get(k)
+	if !ok {
+		return r, ""
+	}
+	held, ok := a.cfg.View.Get(k)
+	if !ok {
+		return r, StateWaiting
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	last := a.peers[k]
+	if held.Endpoint == r.Endpoint {
+		// Writing it again would make the kernel forget the local address that
+		// it learned for the peer.
+		a.peers[k] = written{r.Version, last.endpoint}
+		return r, StateYes
+	}
+	switch {
+	case r.Version.Compare(last.version) > 0:
+		return r, StateNo // news
+	case !held.Endpoint.IsValid():
+		return r, StateNo // removed and added again
+	case held.Cause == wgroam.CauseConfig && held.Endpoint == last.endpoint:
+		return r, StateNo // our own write came down on something newer
+	}
+	// An administrator's endpoint stands until the peer is seen elsewhere.
+	return r, StateOverridden
+}
+
+// apply writes the endpoints of records and returns the peers that failed.
+func (a *Applier) apply(records []wgroam.Record) []wgroam.Key {
+	if len(records) == 0 {
+		return nil
+	}
+	err := a.write(records)
+	if err == nil {
+		return nil
+	}
+	if len(records) == 1 {
+		a.cfg.Log.Error("cannot write endpoint", "device", a.cfg.Name, "peer", records[0].Peer, "err", err)
+		return []wgroam.Key{records[0].Peer}
+	}
+	// One bad peer makes the kernel drop all that follow it in the message:
+	// write them one by one.
+	var failed []wgroam.Key
+	for _, r := range records {
+		failed = append(failed, a.apply([]wgroam.Record{r})...)
+	}
+	return failed
+}
+
+func (a *Applier) write(records []wgroam.Record) error {
+	eps := make([]wg.Endpoint, len(records))
+	before := make([]wgroam.Holding, len(records))
+	now := time.Now()
+	a.mu.Lock()
+	for i, r := range records {
+		eps[i] = wg.Endpoint{Peer: r.Peer, Endpoint: r.Endpoint}
+		a.peers[r.Peer] = written{r.Version, r.Endpoint}
+	}
+	a.mu.Unlock()
+	for i, r := range records {
+		// Noted before it happens: a poll that comes in between would take it
+		// for the peer's doing.
+		before[i], _ = a.cfg.View.Set(r.Peer, wgroam.Holding{Endpoint: r.Endpoint, Cause: wgroam.CauseConfig, At: now})
+	}
+	err := a.cfg.Device.SetEndpoints(a.cfg.Name, eps)
+
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.status.LastError = err
+	if err == nil {
+		a.status.Applied += uint64(len(records))
+		return nil
+	}
+	if len(records) == 1 {
+		a.status.Errors++
+	}
+	for i, r := range records {
+		delete(a.peers, r.Peer)
+		a.cfg.View.Set(r.Peer, before[i])
+	}
+	return err
+}
+
+// Status returns a copy of the current status.
+func (a *Applier) Status() Status {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.status
+}
+
+// State returns how the device stands to the Table on one peer; empty when the
+// Table does not have it.
+func (a *Applier) State(k wgroam.Key) State {
+	_, state := a.decide(k)
+	return state
+}

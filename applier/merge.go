@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: MIT
+
+package applier
+
+import (
+	"context"
+	"iter"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/feed"
+)
+
+const (
+	// staleAfter is how long a node may be silent: a few beats.
+	staleAfter = time.Second
+	// churnSync is how often tables that never stand still are compared. Gaps
+	// are noticed at once in any case.
+	churnSync = 5 * time.Second
+	// skewAlarm is the difference between two clocks that is worth a warning.
+	// WireGuard peers ignore handshakes from a clock that is behind.
+	skewAlarm = time.Second
+	// sessionLife is how long a WireGuard session can be used without a new
+	// handshake (messages.h, REJECT_AFTER_TIME).
+	sessionLife = 180 * time.Second
+	// spareRecords is how many records are kept of peers that the device does
+	// not have, on top of twice the peers that it has.
+	spareRecords = 10_000
+)
+
+// Asker is the part of feed.Link that a Merger calls.
+type Asker interface {
+	Ask(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests) iter.Seq2[feed.Update, error]
+}
+
+// MergerConfig describes a Merger.
+type MergerConfig struct {
+	Self  wgroam.NodeID
+	Table *wgroam.Table
+	Clock *wgroam.Clock
+	View  *wgroam.View
+	Feed  Asker
+	// VIP are our own virtual addresses: nobody's endpoint.
+	VIP []netip.Addr
+	Log *slog.Logger
+}
+
+// NodeState says how a node's table stands to ours.
+type NodeState string
+
+// The states of a node.
+const (
+	NodeSynced  NodeState = "synced"
+	NodeSyncing NodeState = "syncing"
+	NodeStale   NodeState = "stale" // silent
+)
+
+// Node is another node of the group.
+type Node struct {
+	ID      wgroam.NodeID
+	Name    string
+	Role    feed.Role
+	State   NodeState
+	Heard   time.Time
+	Skew    time.Duration // its clock minus ours, with the time that the beat took
+	Records int
+}
+
+// Merger takes the records of other nodes into the Table.
+//
+// What goes missing on the way is noticed by its sequence number, or by digests
+// that differ, and asked for.
+type Merger struct {
+	cfg  MergerConfig
+	kick chan struct{}
+
+	mu      sync.Mutex
+	nodes   map[wgroam.NodeID]*node
+	refused map[string]uint64
+}
+
+// node is what is remembered of another node.
+type node struct {
+	boot, seq uint64 // of the newest update
+	beat      feed.Beat
+	heard     time.Time
+	ours      uint64    // sum of our digests at the last beat
+	differs   time.Time // since when the digests differ; zero when equal
+	suspect   bool      // something was missed: compare at the next beat
+	want      bool      // ask it
+	asking    bool
+	asked     time.Time
+	// The digests after an answer: while they stay the same, asking again gives
+	// the same answer.
+	futile [2]uint64
+	skewed bool
+}
+
+// NewMerger returns a Merger. Update, Beat and Up are to be registered with the
+// feed, and Run to be called.
+func NewMerger(cfg MergerConfig) *Merger {
+	return &Merger{
+		cfg:     cfg,
+		kick:    make(chan struct{}, 1),
+		nodes:   make(map[wgroam.NodeID]*node),
+		refused: make(map[string]uint64),
+	}
+}
+
+// Update takes an update of another node. It does not block.
+func (m *Merger) Update(u feed.Update) {
+	for _, r := range u.Records {
+		m.merge(r, time.Now())
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := m.node(u.Header)
+	if u.Seq > n.seq+1 {
+		m.ask(n)
+	}
+	n.seq = max(n.seq, u.Seq)
+}
+
+// Beat takes a beat of another node. It does not block.
+func (m *Merger) Beat(b feed.Beat) {
+	digests := m.cfg.Table.Digests()
+	ours, now := digests.Sum(), time.Now()
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := m.node(b.Header)
+	still := n.beat.Digest == b.Digest && n.ours == ours
+	n.beat, n.heard, n.ours = b, now, ours
+	m.warnSkew(n, now)
+	if b.Seq > n.seq {
+		// The last updates before the beat are missing.
+		n.seq, n.suspect = b.Seq, true
+	}
+	if b.Digest == ours {
+		n.differs, n.suspect = time.Time{}, false
+		return
+	}
+	if n.differs.IsZero() {
+		n.differs = now
+	}
+	if n.futile == [2]uint64{ours, b.Digest} {
+		return
+	}
+	// Digests of tables in motion always differ. They mean something when
+	// neither has moved since the last beat, or when it goes on for long.
+	if n.suspect || still || (now.Sub(n.differs) > churnSync && now.Sub(n.asked) > churnSync) {
+		m.ask(n)
+	}
+}
+
+// Up notes that a connection came up: messages of any node may have been missed.
+func (m *Merger) Up() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, n := range m.nodes {
+		n.suspect = true
+	}
+}
+
+// node returns the entry of a message's sender. m.mu is held.
+func (m *Merger) node(h feed.Header) *node {
+	n := m.nodes[h.Node]
+	if n == nil {
+		n = &node{}
+		m.nodes[h.Node] = n
+	}
+	if h.Boot > n.boot {
+		// New to us, or restarted.
+		n.boot, n.seq, n.suspect = h.Boot, h.Seq, true
+	}
+	return n
+}
+
+func (m *Merger) ask(n *node) {
+	n.want = true
+	select {
+	case m.kick <- struct{}{}:
+	default:
+	}
+}
+
+func (m *Merger) warnSkew(n *node, now time.Time) {
+	skew := n.beat.Time.Sub(now)
+	bad := skew.Abs() > skewAlarm
+	if bad && !n.skewed {
+		m.cfg.Log.Warn("clocks differ: keep both nodes on NTP, or handshakes after a failover are ignored for that long",
+			"node", n.beat.Name, "ahead", skew.Round(time.Millisecond))
+	}
+	n.skewed = bad
+}
+
+// merge takes one record into the Table, if it makes sense.
+func (m *Merger) merge(r wgroam.Record, now time.Time) {
+	err := wgroam.CheckEndpoint(r.Endpoint)
+	if err != nil || slices.Contains(m.cfg.VIP, r.Endpoint.Addr()) {
+		m.refuse("endpoint")
+		return
+	}
+	held, ours := m.cfg.View.Get(r.Peer)
+	current, known := m.cfg.Table.Get(r.Peer)
+	if known && r.Version.Compare(current.Version) < 0 {
+		return // old news, often a repetition
+	}
+	if !ours && !known && m.cfg.Table.Len() >= spareRecords+2*m.cfg.View.Len() {
+		m.refuse("full")
+		return
+	}
+	if err := m.cfg.Clock.Merge(r.Version.HLC, now); err != nil {
+		if m.refuse("skew") == 1 {
+			m.cfg.Log.Error("refused a record from the future: keep all nodes on NTP", "node", r.Version.Node, "err", err)
+		}
+		return
+	}
+	if r.Version.Node == m.cfg.Self && ours && held.Cause == wgroam.CauseSnapshot &&
+		held.Endpoint != r.Endpoint && now.Sub(held.At) < sessionLife && r.Version != current.Version {
+		// Our own record from before a restart comes back. The session has
+		// lived on in the kernel since, and so knows better.
+		r.Endpoint, r.Cause, r.Version.HLC = held.Endpoint, held.Cause, m.cfg.Clock.Stamp(now)
+	}
+	m.cfg.Table.Merge(r)
+}
+
+// refuse counts a refused record and returns how many there were.
+func (m *Merger) refuse(why string) uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.refused[why]++
+	return m.refused[why]
+}
+
+// Run asks other nodes for what is missing, until ctx ends.
+func (m *Merger) Run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-m.kick:
+		}
+		for id := m.next(); id != 0 && ctx.Err() == nil; id = m.next() {
+			m.sync(ctx, id)
+		}
+	}
+}
+
+// next returns a node to ask, or zero.
+func (m *Merger) next() wgroam.NodeID {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, n := range m.nodes {
+		if n.want {
+			n.want, n.suspect, n.asking, n.asked = false, false, true, time.Now()
+			return id
+		}
+	}
+	return 0
+}
+
+func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
+	have := m.cfg.Table.Digests()
+	var (
+		got int
+		err error
+	)
+	for u, e := range m.cfg.Feed.Ask(ctx, id, &have) {
+		if e != nil {
+			err = e
+			break
+		}
+		for _, r := range u.Records {
+			m.merge(r, time.Now())
+		}
+		got += len(u.Records)
+	}
+	now := m.cfg.Table.Digests()
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := m.nodes[id]
+	n.asking = false
+	if err != nil {
+		n.suspect = true // again at its next beat
+		if ctx.Err() == nil {
+			m.cfg.Log.Warn("sync failed; trying again", "node", n.beat.Name, "err", err)
+		}
+		return
+	}
+	if now == have {
+		n.futile = [2]uint64{now.Sum(), n.beat.Digest}
+	}
+	m.cfg.Log.Debug("synced", "node", n.beat.Name, "records", got)
+}
+
+// Nodes returns the other nodes of the group, by identity.
+func (m *Merger) Nodes() []Node {
+	now := time.Now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []Node
+	for _, id := range slices.Sorted(maps.Keys(m.nodes)) {
+		n := m.nodes[id]
+		state := NodeSynced
+		switch {
+		case now.Sub(n.heard) > staleAfter:
+			state = NodeStale
+		case n.asking, n.want, n.suspect, !n.differs.IsZero():
+			state = NodeSyncing
+		}
+		out = append(out, Node{
+			ID: id, Name: n.beat.Name, Role: n.beat.Role, State: state,
+			Heard: n.heard, Skew: n.beat.Time.Sub(n.heard), Records: int(n.beat.Records),
+		})
+	}
+	return out
+}
+
+// NameOf returns the name of a node, or its identity while the name is unknown.
+func (m *Merger) NameOf(id wgroam.NodeID) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if n := m.nodes[id]; n != nil && n.beat.Name != "" {
+		return n.beat.Name
+	}
+	return id.String()
+}
+
+// Refused returns how many records were refused, by reason: endpoint, full,
+// skew.
+func (m *Merger) Refused() map[string]uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return maps.Clone(m.refused)
+}
