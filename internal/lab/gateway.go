@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"sync"
+
+	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgroam/wgroam"
+)
+
+// Gateway is one of the hosts that share the WireGuard key.
+type Gateway struct {
+	Name string
+	// Addr4 and Addr6 are the gateway's own addresses on the LAN.
+	Addr4, Addr6 netip.Addr
+
+	lab     *Lab
+	ns      *namespace
+	dev     *wgDevice
+	echo    net.PacketConn
+	discard net.PacketConn
+	wg      sync.WaitGroup // the echo service
+	dead    bool           // guarded by lab.mu
+}
+
+func (g *Gateway) build(log *slog.Logger) error {
+	var err error
+	if g.ns, err = newNamespace("gateway " + g.Name); err != nil {
+		return err
+	}
+	if err := g.lab.router.addVeth(g.Name, g.ns, lanDev); err != nil {
+		return err
+	}
+	port, err := g.lab.router.nl.LinkByName(g.Name)
+	if err != nil {
+		return err
+	}
+	master, err := g.lab.router.nl.LinkByName(bridge)
+	if err != nil {
+		return err
+	}
+	if err := g.lab.router.nl.LinkSetMaster(port, master); err != nil {
+		return fmt.Errorf("join the LAN: %w", err)
+	}
+	err = errors.Join(
+		g.ns.addAddr(lanDev, netip.PrefixFrom(g.Addr4, lan4.Bits())),
+		g.ns.addAddr(lanDev, netip.PrefixFrom(g.Addr6, lan6.Bits())),
+		g.prefer(g.Addr4, g.Addr6),
+	)
+	if err != nil {
+		return err
+	}
+
+	name := "wg0"
+	if !g.lab.Kernel {
+		name = g.lab.prefix + g.Name
+	}
+	listen := ListenPort
+	cfg := wgtypes.Config{PrivateKey: &g.lab.key, ListenPort: &listen}
+	for _, c := range g.lab.Clients {
+		cfg.Peers = append(cfg.Peers, wgtypes.PeerConfig{
+			PublicKey:  c.key.PublicKey(),
+			AllowedIPs: []net.IPNet{*ipNet(host(c.Inner4)), *ipNet(host(c.Inner6))},
+		})
+	}
+	if g.dev, err = newWGDevice(g.ns, name, g.lab.Kernel, log, inner4, inner6, cfg); err != nil {
+		return err
+	}
+	return g.serve()
+}
+
+// serve opens the ports that clients talk to.
+func (g *Gateway) serve() error {
+	err := g.ns.do(func() (err error) {
+		if g.echo, err = net.ListenPacket("udp", fmt.Sprintf(":%d", EchoPort)); err != nil {
+			return err
+		}
+		// Nobody reads this one: the kernel drops what does not fit its buffer.
+		g.discard, err = net.ListenPacket("udp", fmt.Sprintf(":%d", DiscardPort))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	g.wg.Go(func() {
+		buf := make([]byte, 1<<16)
+		for {
+			n, from, err := g.echo.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			// A reply that cannot be sent is a lost datagram to the client.
+			_, _ = g.echo.WriteTo(buf[:n], from)
+		}
+	})
+	return nil
+}
+
+func (g *Gateway) close() error {
+	for _, c := range []net.PacketConn{g.echo, g.discard} {
+		if c != nil {
+			c.Close()
+		}
+	}
+	g.wg.Wait()
+	if g.dev != nil {
+		g.dev.close()
+	}
+	if g.ns != nil {
+		return g.ns.close()
+	}
+	return nil
+}
+
+// Device is the name of the gateway's WireGuard device, within its namespace.
+func (g *Gateway) Device() string { return g.dev.name }
+
+// NetNS is a path of the gateway's network namespace, good for other processes
+// until the lab closes: nsenter --net=PATH.
+func (g *Gateway) NetNS() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), g.ns.handle) }
+
+// Do runs f on a thread in the gateway's namespace and returns its error.
+// Sockets that f opens stay in the namespace; goroutines that f starts do not
+// run there. Calls may be nested and concurrent.
+func (g *Gateway) Do(f func() error) error { return g.ns.do(f) }
+
+// Start starts cmd in the gateway's namespace; the caller waits for it. When
+// cmd has no SysProcAttr, the process is killed when the lab closes or this
+// process dies.
+func (g *Gateway) Start(cmd *exec.Cmd) error { return g.ns.start(cmd) }
+
+// WG is a WireGuard client in the gateway's namespace, usable on any thread
+// until the lab closes. Its Devices method is not: name the device.
+func (g *Gateway) WG() *wgctrl.Client { return g.ns.wg }
+
+// Peers reads the device's peers.
+func (g *Gateway) Peers() ([]wgtypes.Peer, error) {
+	d, err := g.ns.wg.Device(g.dev.name)
+	if err != nil {
+		return nil, fmt.Errorf("read WireGuard device %s of gateway %s: %w", g.dev.name, g.Name, err)
+	}
+	return d.Peers, nil
+}
+
+// Endpoints reads the endpoint of every peer that the device has one for.
+func (g *Gateway) Endpoints() (map[wgroam.Key]netip.AddrPort, error) {
+	peers, err := g.Peers()
+	if err != nil {
+		return nil, err
+	}
+	eps := make(map[wgroam.Key]netip.AddrPort, len(peers))
+	for _, p := range peers {
+		if p.Endpoint != nil {
+			ep := p.Endpoint.AddrPort()
+			eps[wgroam.Key(p.PublicKey)] = netip.AddrPortFrom(ep.Addr().Unmap(), ep.Port())
+		}
+	}
+	return eps, nil
+}
+
+// Endpoint reads the endpoint of one peer: the zero AddrPort when it has none.
+func (g *Gateway) Endpoint(peer wgroam.Key) (netip.AddrPort, error) {
+	eps, err := g.Endpoints()
+	return eps[peer], err
+}
+
+// LinkDown sets the WireGuard device down: sessions and routes go, endpoints stay.
+func (g *Gateway) LinkDown() error { return g.dev.down() }
+
+// LinkUp sets the WireGuard device up again, with its addresses.
+func (g *Gateway) LinkUp() error { return g.dev.up() }
+
+// Kill cuts the gateway off the LAN, as a crash would: its programs run on but
+// nobody hears them.
+func (g *Gateway) Kill() error {
+	g.lab.mu.Lock()
+	defer g.lab.mu.Unlock()
+	g.dead = true
+	return g.lab.router.linkDown(g.Name)
+}
+
+// Revive puts a killed gateway back on the LAN, without the virtual IP if that
+// has moved meanwhile.
+func (g *Gateway) Revive() error {
+	g.lab.mu.Lock()
+	defer g.lab.mu.Unlock()
+	if g.lab.holder != g {
+		if err := g.dropVIP(); err != nil {
+			return err
+		}
+	}
+	g.dead = false
+	return g.lab.router.linkUp(g.Name)
+}
+
+func (g *Gateway) takeVIP() error {
+	return errors.Join(
+		g.ns.addAddr(lanDev, host(VIP4)),
+		g.ns.addAddr(lanDev, host(VIP6)),
+		g.prefer(VIP4, VIP6),
+	)
+}
+
+// dropVIP changes the routes first: the kernel removes a route together with
+// the address that it prefers.
+func (g *Gateway) dropVIP() error {
+	return errors.Join(
+		g.prefer(g.Addr4, g.Addr6),
+		g.ns.delAddr(lanDev, host(VIP4)),
+		g.ns.delAddr(lanDev, host(VIP6)),
+	)
+}
+
+// prefer sets the sources of the default routes.
+func (g *Gateway) prefer(src4, src6 netip.Addr) error {
+	return errors.Join(
+		g.ns.setDefault(0, lanDev, lan4.Addr(), src4),
+		g.ns.setDefault(0, lanDev, lan6.Addr(), src6),
+	)
+}

@@ -1,0 +1,398 @@
+// SPDX-License-Identifier: MIT
+
+// Package lab builds a small internet in network namespaces: gateways that
+// share a WireGuard key on one LAN, a virtual IP that one of them holds, a
+// router, and clients that roam. The WireGuard devices are real: the kernel's
+// where it has them, else wireguard-go in this process. It serves the
+// end-to-end tests and `wgroam demo`.
+//
+//	                      router
+//	10.0.0.1, fd00::1 |          | 198.18.0.1, 2001:db8::1
+//	      LAN bridge -+          +- uplink
+//	        |     |                  |
+//	       a      h   ...        clients: one WireGuard device each,
+//	 10.0.0.2    10.0.0.3        with its own outer address and port
+//	  fd00::2    fd00::3
+//	VIP 10.0.0.100, fd00::100
+//
+// Inside the tunnel the gateways are 10.99.0.1 and fd99::1, all of them, and
+// the clients follow.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgroam/wgroam"
+)
+
+// Fixed addresses. Every lab has the same; namespaces keep labs apart.
+var (
+	VIP4 = netip.MustParseAddr("10.0.0.100")
+	VIP6 = netip.MustParseAddr("fd00::100")
+	// Inner4 and Inner6 are every gateway's addresses inside the tunnel.
+	Inner4 = netip.MustParseAddr("10.99.0.1")
+	Inner6 = netip.MustParseAddr("fd99::1")
+
+	lan4    = netip.MustParsePrefix("10.0.0.1/24")
+	lan6    = netip.MustParsePrefix("fd00::1/64")
+	uplink4 = netip.MustParsePrefix("198.18.0.1/15")
+	uplink6 = netip.MustParsePrefix("2001:db8::1/64")
+	inner4  = netip.PrefixFrom(Inner4, 16)
+	inner6  = netip.PrefixFrom(Inner6, 64)
+)
+
+// ListenPort is the WireGuard port of every gateway.
+const ListenPort = 51820
+
+// Ports that every gateway serves inside the tunnel, over UDP.
+const (
+	EchoPort    = 7 // sends every datagram back
+	DiscardPort = 9 // takes datagrams and does not answer
+)
+
+// Names of links inside the namespaces.
+const (
+	bridge = "lan"    // router: the gateways' LAN
+	uplink = "uplink" // both ends of router to clients
+	lanDev = "lan0"   // a gateway's LAN link
+)
+
+// Config describes a lab. The zero value is two gateways, "a" and "h", and one client.
+type Config struct {
+	// Gateways names the gateways: one to four of a-z and 0-9 each, a letter first.
+	// The first holds the virtual IP at the start. Default "a", "h"; at most 90.
+	Gateways []string
+	// Clients is the number of clients, at most 1000. Default 1.
+	Clients int
+	// Keepalive is the clients' persistent keepalive, in whole seconds; 0 is off.
+	Keepalive time.Duration
+	// Log receives what wireguard-go says; nil discards it.
+	Log *slog.Logger
+}
+
+// Lab is a running lab. Its methods may be called concurrently.
+type Lab struct {
+	Gateways []*Gateway
+	Clients  []*Client
+	// Kernel tells that the WireGuard devices are the kernel's.
+	Kernel bool
+
+	prefix  string // of the names of userspace devices
+	router  *namespace
+	clients *namespace
+	key     wgtypes.Key // the gateways' private key
+
+	mu     sync.Mutex // guards what follows, and the clients' addresses
+	holder *Gateway   // of the virtual IP
+	roams  int        // outer addresses handed out so far
+	ports  int        // client ports handed out so far
+	closed bool
+}
+
+// New builds a lab and starts its traffic services. The caller closes it; when
+// New fails, or ctx ends before New does, nothing is left behind. Nor is when
+// the process dies, but for the sockets of userspace devices: New removes those
+// of dead processes.
+//
+// The error wraps os.ErrPermission when the process lacks privileges (root, in practice).
+func New(ctx context.Context, cfg Config) (*Lab, error) {
+	if cfg.Gateways == nil {
+		cfg.Gateways = []string{"a", "h"}
+	}
+	if cfg.Clients == 0 {
+		cfg.Clients = 1
+	}
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	if err := sweep(); err != nil {
+		return nil, fmt.Errorf("remove what earlier labs left: %w", err)
+	}
+	prefix, err := namePrefix()
+	if err != nil {
+		return nil, err
+	}
+	l := &Lab{Kernel: KernelWireGuard(), prefix: prefix}
+	if err := l.build(ctx, cfg); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+var gatewayName = regexp.MustCompile(`^[a-z][a-z0-9]{0,3}$`)
+
+func (cfg *Config) check() error {
+	if len(cfg.Gateways) > 90 || cfg.Clients < 0 || cfg.Clients > 1000 {
+		return fmt.Errorf("lab: %d gateways and %d clients: at most 90 and 1000", len(cfg.Gateways), cfg.Clients)
+	}
+	seen := map[string]bool{bridge: true, "lo": true} // links of the router
+	for _, name := range cfg.Gateways {
+		if !gatewayName.MatchString(name) || seen[name] {
+			return fmt.Errorf("lab: gateway name %q: want one to four of a-z and 0-9, a letter first, each name once, not lan or lo", name)
+		}
+		seen[name] = true
+	}
+	return nil
+}
+
+func (l *Lab) build(ctx context.Context, cfg Config) error {
+	var err error
+	if l.key, err = wgtypes.GeneratePrivateKey(); err != nil {
+		return err
+	}
+	if err := l.buildRouter(); err != nil {
+		return err
+	}
+	for i := range cfg.Clients {
+		c, err := newClient(l, i)
+		if err != nil {
+			return err
+		}
+		l.Clients = append(l.Clients, c)
+	}
+	for i, name := range cfg.Gateways {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		g := &Gateway{
+			Name:  name,
+			Addr4: nth(lan4, 1+i),
+			Addr6: nth(lan6, 1+i),
+			lab:   l,
+		}
+		l.Gateways = append(l.Gateways, g)
+		if err := g.build(cfg.Log); err != nil {
+			return fmt.Errorf("gateway %s: %w", name, err)
+		}
+	}
+	for _, c := range l.Clients {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := c.build(cfg.Log, cfg.Keepalive); err != nil {
+			return fmt.Errorf("client %d: %w", c.n, err)
+		}
+	}
+	if len(l.Gateways) == 0 {
+		return nil
+	}
+	return l.MoveVIP(l.Gateways[0])
+}
+
+func (l *Lab) buildRouter() error {
+	var err error
+	if l.router, err = newNamespace("the router"); err != nil {
+		return err
+	}
+	if l.clients, err = newNamespace("the clients"); err != nil {
+		return err
+	}
+	err = l.router.do(func() error {
+		return sysctls("ipv4/ip_forward", "1", "ipv6/conf/all/forwarding", "1")
+	})
+	if err != nil {
+		return fmt.Errorf("set up the router: %w", err)
+	}
+	if err := l.router.nl.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge}}); err != nil {
+		return fmt.Errorf("make a bridge (modprobe bridge): %w", err)
+	}
+	if err := l.router.linkUp(bridge); err != nil {
+		return err
+	}
+	if err := l.router.addVeth(uplink, l.clients, uplink); err != nil {
+		return err
+	}
+	return errors.Join(
+		l.router.addAddr(bridge, lan4),
+		l.router.addAddr(bridge, lan6),
+		l.router.addAddr(uplink, uplink4),
+		l.router.addAddr(uplink, uplink6),
+		l.clients.addAddr(uplink, netip.PrefixFrom(nth(uplink4, 1), uplink4.Bits())),
+		l.clients.addAddr(uplink, netip.PrefixFrom(nth(uplink6, 1), uplink6.Bits())),
+	)
+}
+
+// MoveVIP moves the virtual IP to a gateway, v4 and v6: the holder gives it up
+// unless it is dead, the new one takes it and prefers it as the source of what
+// it sends through its default routes, and the router forgets where it was.
+func (l *Lab) MoveVIP(to *Gateway) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if from := l.holder; from != nil && from != to && !from.dead {
+		if err := from.dropVIP(); err != nil {
+			return fmt.Errorf("take the virtual IP from gateway %s: %w", from.Name, err)
+		}
+	}
+	if err := to.takeVIP(); err != nil {
+		return fmt.Errorf("give the virtual IP to gateway %s: %w", to.Name, err)
+	}
+	l.holder = to
+	return l.router.forget(bridge, VIP4, VIP6)
+}
+
+// PublicKey is the gateways' public key.
+func (l *Lab) PublicKey() wgroam.Key { return wgroam.Key(l.key.PublicKey()) }
+
+// Close ends the lab: devices, services, namespaces, and processes that
+// Gateway.Start started. It may be called again.
+func (l *Lab) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil
+	}
+	l.closed = true
+	var errs []error
+	for _, c := range l.Clients {
+		c.close()
+	}
+	for _, g := range l.Gateways {
+		errs = append(errs, g.close())
+	}
+	for _, n := range []*namespace{l.clients, l.router} {
+		if n != nil {
+			errs = append(errs, n.close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// addVeth makes a pair of links, both up: name here, peer in the other namespace.
+func (n *namespace) addVeth(name string, other *namespace, peer string) error {
+	err := n.nl.LinkAdd(&netlink.Veth{
+		LinkAttrs:     netlink.LinkAttrs{Name: name},
+		PeerName:      peer,
+		PeerNamespace: netlink.NsFd(other.handle),
+	})
+	if err != nil {
+		return fmt.Errorf("make link %s to %s (modprobe veth): %w", name, other.name, err)
+	}
+	return errors.Join(n.linkUp(name), other.linkUp(peer))
+}
+
+// addAddr gives a link an address and waits until it is in use.
+func (n *namespace) addAddr(dev string, p netip.Prefix) error {
+	link, err := n.nl.LinkByName(dev)
+	if err == nil {
+		err = n.nl.AddrReplace(link, &netlink.Addr{IPNet: ipNet(p)})
+	}
+	if err == nil && p.Addr().Is6() {
+		err = n.settled(link)
+	}
+	if err != nil {
+		return fmt.Errorf("add address %v to %s: %w", p, dev, err)
+	}
+	return nil
+}
+
+// settled waits until no IPv6 address of the link is tentative. Even without
+// duplicate address detection the kernel leaves it to a work queue to join the
+// group through which neighbours find an address (net/ipv6/addrconf.c
+// addrconf_dad_begin); who asks before gets no answer and asks again a second
+// later.
+func (n *namespace) settled(link netlink.Link) error {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	timeout := time.After(10 * time.Second)
+	for {
+		addrs, err := n.nl.AddrList(link, netlink.FAMILY_V6)
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.Flags&unix.IFA_F_TENTATIVE != 0 }) {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-timeout:
+			return errors.New("still tentative after 10 s")
+		}
+	}
+}
+
+// delAddr takes an address away; it need not be there.
+func (n *namespace) delAddr(dev string, p netip.Prefix) error {
+	link, err := n.nl.LinkByName(dev)
+	if err == nil {
+		err = n.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(p)})
+	}
+	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("remove address %v from %s: %w", p, dev, err)
+	}
+	return nil
+}
+
+// forget removes neighbour entries; they need not be there.
+func (n *namespace) forget(dev string, addrs ...netip.Addr) error {
+	link, err := n.nl.LinkByName(dev)
+	if err != nil {
+		return fmt.Errorf("find link %s: %w", dev, err)
+	}
+	for _, a := range addrs {
+		err := n.nl.NeighDel(&netlink.Neigh{LinkIndex: link.Attrs().Index, IP: a.AsSlice()})
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove neighbour %v from %s: %w", a, dev, err)
+		}
+	}
+	return nil
+}
+
+// setDefault makes the default route of a table (0: main) lead to via, with src
+// as the source address that it prefers.
+func (n *namespace) setDefault(table int, dev string, via, src netip.Addr) error {
+	link, err := n.nl.LinkByName(dev)
+	if err == nil {
+		err = n.nl.RouteReplace(&netlink.Route{
+			LinkIndex: link.Attrs().Index,
+			Dst:       ipNet(netip.PrefixFrom(unspecified(via), 0)),
+			Gw:        via.AsSlice(),
+			Src:       src.AsSlice(),
+			Table:     table,
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("default route via %v from %v: %w", via, src, err)
+	}
+	return nil
+}
+
+func unspecified(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// nth returns the address n after the one in p, or the zero Addr when p ends before.
+func nth(p netip.Prefix, n int) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := len(b) - 1; i >= 0 && n > 0; i-- {
+		n += int(b[i])
+		b[i] = byte(n)
+		n >>= 8
+	}
+	a, _ := netip.AddrFromSlice(b)
+	if !p.Contains(a) {
+		return netip.Addr{}
+	}
+	return a
+}

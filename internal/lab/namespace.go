@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: MIT
+
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl"
+)
+
+// namespace is a network namespace with open netlink sockets in it. It has no
+// name below /run/netns: this process and its children alone hold it, so that
+// it goes when they do, however they end.
+type namespace struct {
+	name   string // in errors
+	handle netns.NsHandle
+	nl     *netlink.Handle
+	wg     *wgctrl.Client
+
+	work chan func()   // runs on the namespace's own thread
+	stop chan struct{} // ends that thread
+	gone chan struct{} // closed when it has ended
+}
+
+// newNamespace makes a namespace. On error nothing is left.
+func newNamespace(name string) (*namespace, error) {
+	n := &namespace{
+		name:   name,
+		handle: netns.None(),
+		work:   make(chan func()),
+		stop:   make(chan struct{}),
+		gone:   make(chan struct{}),
+	}
+	ready := make(chan error)
+	goThread(func() {
+		defer close(n.gone)
+		var err error
+		n.handle, err = netns.New()
+		if err == nil {
+			err = sysctls(
+				// A new namespace copies these from the host for IPv4.
+				"ipv4/conf/all/rp_filter", "0",
+				"ipv4/conf/default/rp_filter", "0",
+				// Duplicate address detection would hold every IPv6 address back for a second.
+				"ipv6/conf/all/accept_dad", "0",
+				"ipv6/conf/default/accept_dad", "0",
+			)
+		}
+		ready <- err
+		for {
+			select {
+			case f := <-n.work:
+				f()
+			case <-n.stop:
+				return
+			}
+		}
+	})
+	if err := <-ready; err != nil {
+		return nil, errors.Join(fmt.Errorf("make network namespace for %s (needs root): %w", name, err), n.close())
+	}
+	var err error
+	if n.nl, err = netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE); err == nil {
+		err = n.do(func() error {
+			n.wg, err = wgctrl.New()
+			return err
+		})
+	}
+	if err == nil {
+		err = n.linkUp("lo")
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("set up network namespace of %s: %w", name, err), n.close())
+	}
+	return n, nil
+}
+
+func (n *namespace) close() error {
+	close(n.stop)
+	<-n.gone
+	if n.nl != nil {
+		n.nl.Close()
+	}
+	var err error
+	if n.wg != nil {
+		err = n.wg.Close()
+	}
+	if n.handle.IsOpen() {
+		err = errors.Join(err, n.handle.Close())
+	}
+	return err
+}
+
+// do runs f on a thread in the namespace and returns its error. It may be
+// called from within f.
+func (n *namespace) do(f func() error) error {
+	err := errors.New("the function ended its goroutine")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		home, e := netns.Get()
+		if e != nil {
+			err = fmt.Errorf("open the namespace of this thread: %w", e)
+			return
+		}
+		defer home.Close()
+		if e := netns.Set(n.handle); e != nil {
+			err = fmt.Errorf("enter network namespace of %s: %w", n.name, e)
+			return
+		}
+		defer func() {
+			// A thread that cannot go home stays locked and ends with the goroutine.
+			if netns.Set(home) == nil {
+				runtime.UnlockOSThread()
+			}
+		}()
+		err = f()
+	}()
+	<-done
+	return err
+}
+
+// start starts cmd in the namespace. The kernel kills the process when this
+// process dies or the namespace is closed, unless cmd has a SysProcAttr of its
+// own.
+func (n *namespace) start(cmd *exec.Cmd) error {
+	if cmd.SysProcAttr == nil {
+		// The signal follows the death of the thread that forks, so that has to be
+		// the one that lives as long as the namespace.
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	}
+	err := make(chan error, 1)
+	select {
+	case n.work <- func() { err <- cmd.Start() }:
+		return <-err
+	case <-n.gone:
+		return fmt.Errorf("start %s: the network namespace of %s is closed", cmd.Path, n.name)
+	}
+}
+
+func (n *namespace) linkUp(name string) error {
+	link, err := n.nl.LinkByName(name)
+	if err == nil {
+		err = n.nl.LinkSetUp(link)
+	}
+	if err != nil {
+		return fmt.Errorf("set link %s up: %w", name, err)
+	}
+	return nil
+}
+
+func (n *namespace) linkDown(name string) error {
+	link, err := n.nl.LinkByName(name)
+	if err == nil {
+		err = n.nl.LinkSetDown(link)
+	}
+	if err != nil {
+		return fmt.Errorf("set link %s down: %w", name, err)
+	}
+	return nil
+}
+
+// goThread runs f in a goroutine on a thread of its own, which ends with f. The
+// first thread of a process cannot end before the process does, so f never runs there.
+func goThread(f func()) {
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() != unix.Getpid() {
+			f()
+			return
+		}
+		locked := make(chan struct{})
+		go func() {
+			runtime.LockOSThread()
+			close(locked)
+			f()
+		}()
+		<-locked
+		runtime.UnlockOSThread()
+	}()
+}
+
+// sysctls writes pairs of path below /proc/sys/net and value, in the namespace
+// of the calling thread.
+func sysctls(pairs ...string) error {
+	for i := 0; i < len(pairs); i += 2 {
+		if err := os.WriteFile("/proc/sys/net/"+pairs[i], []byte(pairs[i+1]), 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
