@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/applier"
+	"github.com/wgroam/wgroam/internal/config"
+	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/feed"
+	"github.com/wgroam/wgroam/internal/natsd"
+	"github.com/wgroam/wgroam/internal/wg"
+	"github.com/wgroam/wgroam/publisher"
+	"github.com/wgroam/wgroam/tracker"
+)
+
+// daemon is what all devices of a node share.
+type daemon struct {
+	cfg       config.Config
+	log       *slog.Logger
+	started   time.Time
+	wg        *wg.Client
+	netns     uint32
+	kernel    *tracker.Kernel
+	server    *natsd.Server // nil when there is none
+	serverErr error
+	events    *control.Hub
+	devices   []*device
+
+	mu     sync.Mutex
+	groups map[string]string // device by group
+}
+
+// errSameKey: two devices would take each other's records for their own.
+var errSameKey = errors.New("same private key as another device of this node")
+
+// claim makes a group the device's, until release.
+func (d *daemon) claim(group, device string) (release func(), err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if other, taken := d.groups[group]; taken {
+		return nil, fmt.Errorf("%w: %s and %s: give each its own key, or a secret_file of its own", errSameKey, other, device)
+	}
+	d.groups[group] = device
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.groups, group)
+	}, nil
+}
+
+// device is one configured WireGuard device. It outlives the links of its name.
+type device struct {
+	cfg config.Device
+	d   *daemon
+	log *slog.Logger
+
+	mu      sync.Mutex
+	current *session // nil while there is no such link
+	seen    bool     // there was one
+	problem error    // why there is no session, or what went wrong last
+	// The memory of the group, kept while the link is away.
+	group string
+	table *wgroam.Table
+	clock *wgroam.Clock
+}
+
+// session is one life of a link.
+type session struct {
+	link    wg.Link
+	table   *wgroam.Table
+	clock   *wgroam.Clock
+	view    *wgroam.View
+	feed    *feed.Link
+	tracker *tracker.Tracker
+	applier *applier.Applier
+	merger  *applier.Merger
+}
+
+func (d *device) absent(err error) {
+	d.mu.Lock()
+	d.problem = err
+	d.mu.Unlock()
+	d.log.Error("waiting for the device: create it, or correct its name in the configuration", "err", err)
+}
+
+// session runs the device while the link lasts.
+func (d *device) session(ctx context.Context, link wg.Link) error {
+	keys, err := d.keys()
+	if err != nil {
+		return err
+	}
+	release, err := d.d.claim(keys.Group(), d.cfg.Name)
+	if err != nil {
+		return err
+	}
+	defer release()
+
+	s, err := d.wire(link, keys)
+	if err != nil {
+		return err
+	}
+	// The applier writes through a client of its own, so that it does not wait
+	// for a dump.
+	writer, err := wg.Open()
+	if err != nil {
+		return err
+	}
+	defer writer.Close()
+	s.applier = applier.New(applier.Config{
+		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: d.log,
+	})
+	pub := publisher.New(publisher.Config{
+		Table: s.table, Link: s.feed, Role: func() feed.Role { return roleOf(d.cfg.Role) }, Log: d.log,
+	})
+	if err := s.tracker.Start(); err != nil {
+		return err
+	}
+	s.feed.Start()
+	defer s.feed.Close()
+
+	d.mu.Lock()
+	d.current, d.seen, d.problem = s, true, nil
+	d.mu.Unlock()
+	defer func() {
+		d.mu.Lock()
+		d.current = nil
+		d.mu.Unlock()
+	}()
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.tracker.Run(ctx) })
+	g.Go(func() error { s.applier.Run(ctx); return nil })
+	g.Go(func() error { s.merger.Run(ctx); return nil })
+	g.Go(func() error { return pub.Run(ctx) })
+	return g.Wait()
+}
+
+// keys derives the group's keys from the device's private key, which does not
+// stay in memory.
+func (d *device) keys() (feed.Keys, error) {
+	private, err := d.d.wg.PrivateKey(d.cfg.Name)
+	defer clear(private[:])
+	if err != nil {
+		return feed.Keys{}, err
+	}
+	return feed.Derive(private, d.cfg.Secret)
+}
+
+// wire makes the parts of a session that need each other.
+func (d *device) wire(link wg.Link, keys feed.Keys) (*session, error) {
+	d.mu.Lock()
+	// A table of its own for every session, because nobody takes leave of a
+	// table; what the group knows goes from one to the next.
+	table := wgroam.NewTable(keys.DigestKey())
+	if d.group != keys.Group() {
+		d.group, d.clock = keys.Group(), wgroam.NewClock(d.d.cfg.MaxSkew)
+	} else {
+		for _, r := range d.table.Records() {
+			table.Merge(r)
+		}
+	}
+	d.table = table
+	s := &session{link: link, table: table, clock: d.clock, view: wgroam.NewView()}
+	d.mu.Unlock()
+
+	n := d.d.cfg.NATS
+	fc := feed.Config{
+		Name: d.d.cfg.Node, Keys: keys, Peers: n.Peers,
+		External: feed.External{
+			URL: n.URL, Context: n.Context, Creds: n.Creds, NKey: n.NKey, CA: n.CA, Cert: n.Cert, Key: n.Key,
+		},
+		Log: d.log,
+	}
+	if d.d.server != nil {
+		d.d.server.AddGroup(keys)
+		fc.Server = d.d.server
+	}
+	var err error
+	if s.feed, err = feed.New(fc); err != nil {
+		return nil, err
+	}
+	s.merger = applier.NewMerger(applier.MergerConfig{
+		Self: s.feed.Self(), Table: s.table, Clock: s.clock, View: s.view, Feed: s.feed,
+		VIP: d.cfg.VIP, Log: d.log,
+	})
+	s.feed.OnUpdate(s.merger.Update)
+	s.feed.OnBeat(s.merger.Beat)
+	s.feed.OnEvent(func(e feed.Event) {
+		if e.Up {
+			s.merger.Up()
+		}
+	})
+	s.tracker = tracker.New(tracker.Config{
+		Device: link.Name, Ifindex: link.Ifindex, Netns: d.d.netns,
+		Kernel: d.d.kernel, WG: d.d.wg, View: s.view,
+		Emit: func(o wgroam.Observation) { d.observed(s, o) },
+		Poll: d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
+	})
+	return s, nil
+}
+
+// observed turns what the local device has learned into a record for the others.
+func (d *device) observed(s *session, o wgroam.Observation) {
+	if isChange(o) {
+		d.d.events.Publish(control.NewEvent(d.cfg.Name, o, time.Now()))
+	}
+	if !o.Cause.Observed() {
+		return // a configured endpoint is nobody's observation, least of all our applier's
+	}
+	if err := wgroam.CheckEndpoint(o.New); err != nil {
+		d.log.Warn("an endpoint that other nodes cannot use stays here", "peer", o.Peer, "err", err)
+		return
+	}
+	hlc := wgroam.HLCAt(o.At)
+	if o.Cause != wgroam.CauseSnapshot {
+		hlc = s.clock.Stamp(o.At)
+	}
+	s.table.Merge(wgroam.Record{
+		Peer: o.Peer, Endpoint: o.New, Cause: o.Cause,
+		Version: wgroam.Version{HLC: hlc, Node: s.feed.Self()},
+	})
+}
+
+// isChange tells news from what was there when we came.
+func isChange(o wgroam.Observation) bool {
+	return o.Cause != wgroam.CauseSnapshot
+}
+
+func roleOf(r config.Role) feed.Role {
+	switch r {
+	case config.RoleActive:
+		return feed.RoleActive
+	case config.RoleStandby:
+		return feed.RoleStandby
+	case config.RoleAlways:
+		return feed.RoleAlways
+	}
+	return feed.RoleUnknown
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MIT
+
+// Command wgroam keeps the WireGuard gateways of a group informed of where their
+// peers are. See the README.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"text/tabwriter"
+)
+
+// Exit statuses.
+const (
+	exitOK     = 0
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+// env is what a verb gets from the world.
+type env struct {
+	stdout, stderr io.Writer
+	log            *slog.Logger
+}
+
+// A verb that is a noun reads; the others act.
+type verb struct {
+	name, args, does string
+	run              func(ctx context.Context, e env, args []string) error
+}
+
+func verbs() []verb {
+	return []verb{
+		{"run", "--config FILE | --device NAME", "the daemon", runVerb},
+		{"watch", "[--device NAME] [--json]", "print endpoint changes as they happen", watchVerb},
+		{"status", "[--json]", "this node, its group and the feed", statusVerb},
+		{"peers", "[--json]", "every peer with its endpoint", peersVerb},
+		{"version", "[--json]", "version, commit and hashes of the BPF objects", versionVerb},
+	}
+}
+
+// errUsage ends a verb whose arguments were wrong; the verb has said so.
+var errUsage = errors.New("usage")
+
+func main() {
+	os.Exit(mainWithStatus(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func mainWithStatus(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	// A second signal ends the process at once.
+	context.AfterFunc(ctx, stop)
+
+	if len(args) == 0 {
+		usage(stderr)
+		return exitUsage
+	}
+	switch args[0] {
+	case "help", "-h", "-help", "--help":
+		usage(stdout)
+		return exitOK
+	}
+	e := env{
+		stdout: stdout,
+		stderr: stderr,
+		log:    slog.New(slog.NewTextHandler(stderr, nil)),
+	}
+	for _, v := range verbs() {
+		if v.name != args[0] {
+			continue
+		}
+		switch err := v.run(ctx, e, args[1:]); {
+		case err == nil, errors.Is(err, flag.ErrHelp):
+			return exitOK
+		case errors.Is(err, errUsage):
+			return exitUsage
+		default:
+			fmt.Fprintf(stderr, "wgroam %s: %v\n", v.name, err)
+			return exitFailed
+		}
+	}
+	fmt.Fprintf(stderr, "wgroam: unknown verb %q\n\n", args[0])
+	usage(stderr)
+	return exitUsage
+}
+
+func usage(w io.Writer) {
+	fmt.Fprintln(w, "usage: wgroam VERB [flags]")
+	fmt.Fprintln(w)
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, v := range verbs() {
+		fmt.Fprintf(tw, "  %s %s\t%s\n", v.name, v.args, v.does)
+	}
+	tw.Flush()
+	fmt.Fprintln(w, "\nData goes to standard output, talk to standard error.")
+	fmt.Fprintln(w, "Exit status: 0 fine, 1 failed or not ready, 2 wrong usage.")
+}
+
+// flags returns a flag set that prints to the right place, and a parse function
+// that refuses leftover arguments.
+func flags(e env, name string) (*flag.FlagSet, func([]string) error) {
+	fs := flag.NewFlagSet("wgroam "+name, flag.ContinueOnError)
+	fs.SetOutput(e.stderr)
+	return fs, func(args []string) error {
+		err := fs.Parse(args)
+		switch {
+		case errors.Is(err, flag.ErrHelp):
+			return err
+		case err != nil:
+			return errUsage // the flag set has said why
+		case fs.NArg() > 0:
+			fmt.Fprintf(e.stderr, "wgroam %s: unexpected argument %q\n", name, fs.Arg(0))
+			fs.Usage()
+			return errUsage
+		}
+		return nil
+	}
+}

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/wgroam/wgroam/internal/config"
+	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/natsd"
+	"github.com/wgroam/wgroam/internal/wg"
+	"github.com/wgroam/wgroam/tracker"
+)
+
+func runVerb(ctx context.Context, e env, args []string) error {
+	fs, parse := flags(e, "run")
+	file := fs.String("config", "", "configuration `file`")
+	name := fs.String("device", "", "one WireGuard device with defaults, instead of a configuration")
+	if err := parse(args); err != nil {
+		return err
+	}
+	if (*file == "") == (*name == "") {
+		fmt.Fprintln(e.stderr, "wgroam run: give either --config FILE or --device NAME")
+		return errUsage
+	}
+	var (
+		cfg config.Config
+		err error
+	)
+	if *file != "" {
+		cfg, err = config.Load(*file)
+	} else {
+		cfg, err = config.ForDevice(*name)
+	}
+	if err != nil {
+		return err
+	}
+	return run(ctx, cfg, e.log)
+}
+
+// run is the daemon. What it wires together, once per device:
+//
+//	kernel --> tracker --> Table --> publisher --> feed
+//	              |          |                      |
+//	             View     applier <---- merger <----+
+//	                         |
+//	                  WireGuard device
+func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+	started := time.Now()
+	client, err := wg.Open()
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	netns, err := wg.Netns()
+	if err != nil {
+		return err
+	}
+	kernel := new(tracker.Kernel)
+	defer kernel.Close()
+
+	d := &daemon{
+		cfg: cfg, log: log, started: started,
+		wg: client, netns: netns, kernel: kernel,
+		events: control.NewHub(),
+		groups: make(map[string]string),
+	}
+	if cfg.NATS.Listen != "" {
+		server, err := natsd.Start(ctx, cfg.NATS.Listen, log)
+		if err != nil {
+			// The other nodes' servers carry our records as well.
+			log.Error("cannot serve the other nodes; going on through theirs", "err", err)
+			d.serverErr = err
+		} else {
+			defer server.Shutdown()
+			d.server = server
+		}
+	}
+	for _, dc := range cfg.Devices {
+		d.devices = append(d.devices, &device{cfg: dc, d: d, log: log.With("device", dc.Name)})
+	}
+
+	g, ctx := errgroup.WithContext(ctx)
+	ctl, err := control.Listen(cfg.ControlSocket, control.Handler{Status: d.status, Peers: d.peers, Events: d.events})
+	switch {
+	case errors.Is(err, control.ErrInUse):
+		return err
+	case err != nil:
+		log.Error("no control socket: status, peers and watch will not find this daemon", "err", err)
+	default:
+		defer ctl.Close()
+		g.Go(func() error { return ctl.Serve(ctx) })
+	}
+	if cfg.MetricsListen != "" {
+		g.Go(func() error { return d.serveMetrics(ctx, cfg.MetricsListen) })
+	}
+	for _, dev := range d.devices {
+		g.Go(func() error {
+			return follow(ctx, dev.cfg.Name, log, dev.absent, dev.session)
+		})
+	}
+	return g.Wait()
+}

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/applier"
+	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// status is the daemon's answer to the verb status.
+func (d *daemon) status() control.Status {
+	s := control.Status{
+		Node: d.cfg.Node, NodeID: wgroam.NodeIDOf(d.cfg.Node).String(),
+		Version: version, Started: d.started,
+	}
+	for _, dev := range d.devices {
+		s.Devices = append(s.Devices, dev.status())
+	}
+	return s
+}
+
+func (d *device) status() control.DeviceStatus {
+	d.mu.Lock()
+	s, seen, problem, group := d.current, d.seen, d.problem, d.group
+	d.mu.Unlock()
+
+	out := control.DeviceStatus{
+		Name: d.cfg.Name, Role: string(d.cfg.Role), Standby: string(d.cfg.Standby), VIP: d.cfg.VIP,
+		Group: group, State: control.StateWaiting,
+		Detector: control.Detector{Rung: control.RungNone},
+		Feed:     control.FeedStatus{Mode: control.FeedNone, Listen: d.d.cfg.NATS.Listen},
+	}
+	switch {
+	case d.d.cfg.NATS.Existing():
+		out.Feed.Mode = control.FeedExisting
+	case d.d.cfg.NATS.Listen != "" || len(d.d.cfg.NATS.Peers) > 0:
+		out.Feed.Mode = control.FeedEmbedded
+	}
+	var errs []string
+	if problem != nil {
+		errs = append(errs, problem.Error())
+	}
+	if d.d.serverErr != nil {
+		errs = append(errs, d.d.serverErr.Error())
+	}
+	if s == nil {
+		if seen {
+			out.State = control.StateMissing
+		}
+		out.LastError = strings.Join(errs, "; ")
+		return out
+	}
+
+	out.State = control.StateDown
+	if link, err := wg.LinkByName(d.cfg.Name); err == nil {
+		out.Ifindex = link.Ifindex
+		if link.Up {
+			out.State = control.StateUp
+		}
+	}
+	t := s.tracker.Status()
+	out.Detector = control.Detector{Rung: string(t.Rung), Reason: t.Reason}
+	out.Events, out.Resyncs, out.SweepRepairs = t.Events, t.Resyncs, t.SweepRepairs
+	out.Lost = d.d.kernel.Lost()
+	out.Peers, out.Records = s.view.Len(), s.table.Len()
+	for _, r := range s.table.Records() {
+		if _, ok := s.view.Get(r.Peer); !ok {
+			out.Waiting++
+		}
+	}
+	a := s.applier.Status()
+	out.Applied, out.ApplyErrors = a.Applied, a.Errors
+	if a.LastError != nil {
+		errs = append(errs, a.LastError.Error())
+	}
+	out.LastError = strings.Join(errs, "; ")
+	s.feedStatus(&out.Feed)
+	return out
+}
+
+func (s *session) feedStatus(out *control.FeedStatus) {
+	for _, c := range s.feed.Status() {
+		conn := control.Connection{Name: c.Name, Connected: c.Connected, Since: c.Since}
+		if !c.Connected {
+			conn.Error = c.LastError
+		}
+		out.Connections = append(out.Connections, conn)
+	}
+	for _, n := range s.merger.Nodes() {
+		out.Nodes = append(out.Nodes, control.NodeStatus{
+			Name: n.Name, ID: n.ID.String(), Role: n.Role.String(), State: string(n.State),
+			AgeMS: time.Since(n.Heard).Milliseconds(), SkewMS: n.Skew.Milliseconds(), Records: n.Records,
+		})
+	}
+	c := s.feed.Counters()
+	out.Sent, out.Received = c.SentRecords, c.Records
+	out.Refused = map[string]uint64{
+		"short": c.Short, "version": c.Version, "type": c.Type, "key_id": c.KeyID, "auth": c.Auth,
+		"malformed": c.Malformed, "echo": c.OwnEcho, "name_clash": c.NameClash,
+		"endpoint": 0, "full": 0, "skew": 0,
+	}
+	maps.Copy(out.Refused, s.merger.Refused())
+}
+
+// peers is the daemon's answer to the verb peers.
+func (d *daemon) peers() []control.Peer {
+	var out []control.Peer
+	for _, dev := range d.devices {
+		dev.mu.Lock()
+		s := dev.current
+		dev.mu.Unlock()
+		if s != nil {
+			out = append(out, s.peers(dev.cfg.Name, d.cfg.Node)...)
+		}
+	}
+	return out
+}
+
+func (s *session) peers(device, self string) []control.Peer {
+	now := time.Now()
+	held := s.view.Peers()
+	out := make([]control.Peer, 0, len(held))
+	for _, r := range s.table.Records() {
+		node := self
+		if r.Version.Node != s.feed.Self() {
+			node = s.merger.NameOf(r.Version.Node)
+		}
+		at := r.Version.HLC.Time()
+		p := control.Peer{
+			Device: device, Peer: r.Peer, Endpoint: r.Endpoint, Held: held[r.Peer].Endpoint,
+			Cause: r.Cause.String(), Node: node, Observed: at, AgeS: max(0, int64(now.Sub(at).Seconds())),
+			Applied: string(s.applier.State(r.Peer)),
+		}
+		if p.Applied == string(applier.StateNo) {
+			if err := s.applier.Status().LastError; err != nil {
+				p.Error = err.Error()
+			}
+		}
+		out = append(out, p)
+		delete(held, r.Peer)
+	}
+	// Peers that nobody has seen yet.
+	for k, h := range held {
+		p := control.Peer{Device: device, Peer: k, Held: h.Endpoint, Applied: control.AppliedYes}
+		if h.Endpoint.IsValid() {
+			p.Cause = h.Cause.String()
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+func statusVerb(ctx context.Context, e env, args []string) error {
+	return ask(ctx, e, "status", control.VerbStatus, args, func(s control.Status, w *tabwriter.Writer) error {
+		fmt.Fprintf(w, "node\t%s (%s), version %s, up %s\n", s.Node, s.NodeID, s.Version, time.Since(s.Started).Round(time.Second))
+		for _, d := range s.Devices {
+			printDevice(w, d)
+		}
+		return unhealthy(s)
+	})
+}
+
+// unhealthy returns an error that names what is not working.
+func unhealthy(s control.Status) error {
+	var bad []string
+	for _, d := range s.Devices {
+		if d.State == control.StateWaiting || d.State == control.StateMissing {
+			bad = append(bad, d.Name+" is "+d.State)
+		}
+	}
+	if bad != nil {
+		return fmt.Errorf("not ready: %s", strings.Join(bad, ", "))
+	}
+	return nil
+}
+
+func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
+	fmt.Fprintf(w, "\ndevice\t%s: %s, role %s, group %s\n", d.Name, d.State, d.Role, d.Group)
+	fmt.Fprintf(w, "detector\t%s\n", withReason(d.Detector.Rung, d.Detector.Reason))
+	fmt.Fprintf(w, "changes\t%d seen, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Lost, d.Resyncs, d.SweepRepairs)
+	fmt.Fprintf(w, "peers\t%d in the device, %d records, %d of them waiting for their peer\n", d.Peers, d.Records, d.Waiting)
+	fmt.Fprintf(w, "applied\t%d endpoints, %d errors\n", d.Applied, d.ApplyErrors)
+	if d.LastError != "" {
+		fmt.Fprintf(w, "error\t%s\n", d.LastError)
+	}
+	if d.Feed.Mode == control.FeedNone {
+		fmt.Fprintf(w, "feed\tnone: set nats.listen and nats.peers, or nats.url, to reach other nodes\n")
+		return
+	}
+	fmt.Fprintf(w, "feed\t%s, %d records sent, %d received\n", d.Feed.Mode, d.Feed.Sent, d.Feed.Received)
+	for _, c := range d.Feed.Connections {
+		state := "connected"
+		if !c.Connected {
+			state = "not connected"
+		}
+		fmt.Fprintf(w, "  %s\t%s\n", c.Name, withReason(state, c.Error))
+	}
+	for _, n := range d.Feed.Nodes {
+		fmt.Fprintf(w, "  node %s\t%s, role %s, heard %d ms ago, clock %+d ms, %d records\n",
+			n.Name, n.State, n.Role, n.AgeMS, n.SkewMS, n.Records)
+	}
+	for _, why := range slices.Sorted(maps.Keys(d.Feed.Refused)) {
+		if n := d.Feed.Refused[why]; n > 0 {
+			fmt.Fprintf(w, "  refused\t%d (%s)\n", n, why)
+		}
+	}
+}
+
+func withReason(state, reason string) string {
+	if reason == "" {
+		return state
+	}
+	return state + ": " + reason
+}
+
+func peersVerb(ctx context.Context, e env, args []string) error {
+	return ask(ctx, e, "peers", control.VerbPeers, args, func(p control.Peers, w *tabwriter.Writer) error {
+		fmt.Fprintln(w, "DEVICE\tPEER\tENDPOINT\tSEEN BY\tAGE\tCAUSE\tAPPLIED")
+		for _, p := range p.Peers {
+			ep, age, node := orNone(p.Endpoint), "-", "-"
+			if p.Endpoint.IsValid() {
+				age, node = (time.Duration(p.AgeS) * time.Second).String(), p.Node
+			} else if p.Held.IsValid() {
+				ep, node = p.Held.String(), "configuration"
+			}
+			applied := p.Applied
+			if p.Error != "" {
+				applied += ": " + p.Error
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Device, p.Peer, ep, node, age, p.Cause, applied)
+		}
+		return nil
+	})
+}
+
+// ask is a verb that gets one document from the daemon: as it is with --json,
+// or printed as a table.
+func ask[T any](ctx context.Context, e env, name, verb string, args []string, print func(T, *tabwriter.Writer) error) error {
+	fs, parse := flags(e, name)
+	asJSON := fs.Bool("json", false, "print JSON")
+	socket := fs.String("socket", defaultSocket, "control socket of the daemon")
+	if err := parse(args); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var raw json.RawMessage
+	if err := control.Get(ctx, *socket, verb, &raw); err != nil {
+		return err
+	}
+	var doc T
+	if err := json.Unmarshal(raw, &doc); err != nil {
+		return fmt.Errorf("answer of the daemon: %w", err)
+	}
+	if *asJSON {
+		fmt.Fprintf(e.stdout, "%s\n", raw)
+		if s, ok := any(doc).(control.Status); ok {
+			return unhealthy(s)
+		}
+		return nil
+	}
+	w := tabwriter.NewWriter(e.stdout, 0, 0, 2, ' ', 0)
+	err := print(doc, w)
+	if flushErr := w.Flush(); flushErr != nil {
+		return flushErr
+	}
+	return err
+}
