@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT
+
+package test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/feed"
+	"github.com/wgroam/wgroam/internal/lab"
+	"github.com/wgroam/wgroam/internal/natsd"
+)
+
+// startBus starts an existing NATS on a gateway's LAN address and returns its
+// URL and an uninvited client.
+func startBus(t testing.TB, gw *lab.Gateway) (string, *nats.Conn) {
+	t.Helper()
+	addr := netip.AddrPortFrom(gw.Addr4, 4222)
+	ns, err := server.NewServer(&server.Options{
+		Host: addr.Addr().String(), Port: int(addr.Port()), NoLog: true, NoSigs: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var nc *nats.Conn
+	err = gw.Do(func() error {
+		// The listener must be opened on this thread: AcceptLoop does it before
+		// it hands over to goroutines of its own.
+		ns.Start()
+		if !ns.ReadyForConnections(patience) {
+			return fmt.Errorf("no NATS on %v", addr)
+		}
+		var err error
+		nc, err = nats.Connect("", nats.InProcessServer(ns))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		nc.Close()
+		ns.Shutdown()
+		ns.WaitForShutdown()
+	})
+	return "nats://" + addr.String(), nc
+}
+
+func onBus(gw *lab.Gateway, dir, url string) string {
+	cfg := config(gw, dir)
+	head, tail, _ := strings.Cut(cfg, "listen =")
+	_, tail, _ = strings.Cut(tail, "[state]")
+	return head + fmt.Sprintf("url = %q\n[state]", url) + tail
+}
+
+// recorder keeps messages of the bus.
+type recorder struct {
+	mu   sync.Mutex
+	msgs []*nats.Msg
+}
+
+func (r *recorder) add(m *nats.Msg) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.msgs = append(r.msgs, m)
+}
+
+func (r *recorder) all() []*nats.Msg {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([]*nats.Msg(nil), r.msgs...)
+}
+
+// TestBus: on an existing NATS that anybody can write to, nothing but a member's
+// frames changes anything, and all the rest is counted.
+func TestBus(t *testing.T) {
+	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "x"}, Clients: 2})
+	a, h, x := l.Gateways[0], l.Gateways[1], l.Gateways[2]
+	url, nc := startBus(t, a)
+
+	// Everything that is said, with the reply subjects.
+	var rec recorder
+	sub, err := nc.Subscribe("wgroam.>", rec.add)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+
+	// x has another key, and so is another group.
+	key, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := x.WG().ConfigureDevice(x.Device(), wgtypes.Config{PrivateKey: &key}); err != nil {
+		t.Fatal(err)
+	}
+	var nodes []*node
+	for _, gw := range l.Gateways {
+		dir := t.TempDir()
+		nodes = append(nodes, startNode(t, gw, dir, onBus(gw, dir, url)))
+	}
+	nodes[0].awaitNodes(1)
+	nodes[1].awaitNodes(1)
+	nodes[2].awaitNodes(0)
+	var secrets [][]byte
+	for i, c := range l.Clients {
+		ping(t, c)
+		ep := roam(t, c, i)
+		awaitEndpoint(t, h, c, ep)
+		secrets = append(secrets, bytes.Clone(keyBytes(c.Key())), ep.Addr().AsSlice(), []byte(ep.Addr().String()), []byte(c.Key().String()))
+	}
+
+	group := nodes[0].status().Group
+	if other := nodes[2].status().Group; other == group {
+		t.Fatalf("two keys, one group: %s", group)
+	}
+	var members, strangers []*nats.Msg
+	await(t, "frames of both groups", func() (bool, string) {
+		members, strangers = nil, nil
+		kinds := make(map[string]bool)
+		for _, m := range rec.all() {
+			token := strings.Split(m.Subject, ".")
+			if token[2] == group {
+				members = append(members, m)
+				kinds[token[3]] = true
+			} else {
+				strangers = append(strangers, m)
+			}
+		}
+		return kinds["u"] && kinds["b"] && len(strangers) > 0, fmt.Sprint(kinds, len(strangers))
+	})
+	if err := sub.Unsubscribe(); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range members {
+		for _, s := range secrets {
+			if bytes.Contains(m.Data, s) || strings.Contains(m.Subject, string(s)) {
+				t.Errorf("a peer's key or address is to be read in a message on %s", m.Subject)
+			}
+		}
+	}
+
+	before := nodes[1].status()
+	held, err := h.Endpoints()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	sent := 0
+	publish := func(subject string, data []byte) {
+		sent++
+		if err := nc.Publish(subject, data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	prefix := "wgroam.v1." + group + "."
+	update, beat := pick(members, prefix+"u."), pick(members, prefix+"b.")
+	for _, m := range []*nats.Msg{update, beat} {
+		for n := range len(m.Data) {
+			publish(m.Subject, m.Data[:n])
+		}
+		for range 2000 {
+			flipped := bytes.Clone(m.Data)
+			flipped[rng.IntN(len(flipped))] ^= 1 << rng.IntN(8)
+			publish(m.Subject, flipped)
+		}
+	}
+	for range 2000 {
+		noise := make([]byte, rng.IntN(400))
+		for i := range noise {
+			noise[i] = byte(rng.Uint32())
+		}
+		publish(update.Subject, noise)
+	}
+	// Sealed for another place: the other kind, another node, another group.
+	publish(beat.Subject, update.Data)
+	publish(update.Subject, beat.Data)
+	publish(prefix+"u.0123456789abcdef", update.Data)
+	for _, m := range strangers {
+		publish(prefix+strings.SplitN(m.Subject, ".", 4)[3], m.Data)
+	}
+	// Said before, by a member: true once, and old.
+	for _, m := range members {
+		publish(m.Subject, m.Data)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+
+	// What is said last has arrived last: a genuine roam still comes through.
+	last := l.Clients[0]
+	ep := roam(t, last, 1)
+	awaitEndpoint(t, h, last, ep)
+	held[last.Key()] = ep
+	after := nodes[1].status()
+	if got, err := h.Endpoints(); err != nil || !maps.Equal(got, held) {
+		t.Errorf("noise on the bus changed endpoints: %v, want %v (%v)", got, held, err)
+	}
+	if after.Records != before.Records || after.Applied != before.Applied+1 {
+		t.Errorf("noise on the bus changed the table: %+v, was %+v", after, before)
+	}
+	var refused uint64
+	for _, n := range after.Feed.Refused {
+		refused += n
+	}
+	t.Logf("%d messages of noise; the standby refused %v", sent, after.Feed.Refused)
+	// Replays of genuine frames are not refused but change nothing.
+	if want := uint64(sent - len(members)); refused < want {
+		t.Errorf("%d messages refused, want at least %d", refused, want)
+	}
+	for _, why := range []string{"short", "auth", "version", "type", "key_id"} {
+		if after.Feed.Refused[why] == 0 {
+			t.Errorf("nothing was refused for reason %s: %v", why, after.Feed.Refused)
+		}
+	}
+}
+
+func pick(msgs []*nats.Msg, prefix string) *nats.Msg {
+	for _, m := range msgs {
+		if strings.HasPrefix(m.Subject, prefix) {
+			return m
+		}
+	}
+	return nil
+}
+
+// TestEmbeddedServer: the server inside a node lets nobody in who does not have
+// the key.
+func TestEmbeddedServer(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	s, err := natsd.Start(ctx, "127.0.0.1:0", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Shutdown()
+	mine, err := feed.Derive([32]byte{8}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := feed.Derive([32]byte{16}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.AddGroup(mine)
+	url := "nats://" + s.Addr().String()
+	wrong := theirs.TLS()
+	wrong.ServerName = mine.Group()
+	for name, opts := range map[string][]nats.Option{
+		"plain":           nil,
+		"TLS without key": {nats.Secure(nil), nats.TLSHandshakeFirst()},
+		"another key":     {nats.Secure(wrong), nats.TLSHandshakeFirst()},
+		"another group":   {nats.Secure(theirs.TLS()), nats.TLSHandshakeFirst()},
+	} {
+		if nc, err := nats.Connect(url, append(opts, nats.Timeout(5*time.Second))...); err == nil {
+			nc.Close()
+			t.Errorf("%s: let in", name)
+		}
+	}
+	nc, err := nats.Connect(url, nats.Secure(mine.TLS()), nats.TLSHandshakeFirst(), nats.Timeout(5*time.Second))
+	if err != nil {
+		t.Fatalf("the right key: %v", err)
+	}
+	nc.Close()
+}
+
+func keyBytes(k wgroam.Key) []byte { return k[:] }
