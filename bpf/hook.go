@@ -228,10 +228,8 @@ func (e *peerPeerEndpoint) addrPort() netip.AddrPort {
 	case unix.AF_INET:
 		addr = netip.AddrFrom4([4]byte(e.Addr[:4]))
 	case unix.AF_INET6:
+		// Without the scope, which a dump through wgctrl does not have either.
 		addr = netip.AddrFrom16(e.Addr)
-		if e.Scope != 0 {
-			addr = addr.WithZone(fmt.Sprint(e.Scope))
-		}
 	default:
 		return netip.AddrPort{}
 	}

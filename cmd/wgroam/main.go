@@ -42,6 +42,7 @@ func verbs() []verb {
 		{"watch", "[--device NAME] [--json]", "print endpoint changes as they happen", watchVerb},
 		{"status", "[--json]", "this node, its group and the feed", statusVerb},
 		{"peers", "[--json]", "every peer with its endpoint", peersVerb},
+		{"demo", "[--json]", "the whole story on this machine, in network namespaces", demoVerb},
 		{"version", "[--json]", "version, commit and hashes of the BPF objects", versionVerb},
 	}
 }

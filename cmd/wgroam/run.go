@@ -83,6 +83,9 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		}
 	}
 	for _, dc := range cfg.Devices {
+		if dc.Role != config.RoleAlways || len(dc.VIP) > 0 {
+			log.Warn("role, vip and standby are shown, and not acted on by this version", "device", dc.Name)
+		}
 		d.devices = append(d.devices, &device{cfg: dc, d: d, log: log.With("device", dc.Name)})
 	}
 
