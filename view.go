@@ -3,6 +3,7 @@
 package wgroam
 
 import (
+	"maps"
 	"net/netip"
 	"sync"
 	"time"
@@ -85,9 +86,5 @@ func (v *View) Len() int {
 func (v *View) Peers() map[Key]Holding {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	out := make(map[Key]Holding, len(v.peers))
-	for k, h := range v.peers {
-		out[k] = h
-	}
-	return out
+	return maps.Clone(v.peers)
 }

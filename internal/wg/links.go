@@ -62,7 +62,7 @@ func WatchLinks(ctx context.Context, wake func()) error {
 			select {
 			case <-ctx.Done():
 				close(done)
-				for range updates { //nolint:revive // until the library has let go
+				for range updates { // until the library has let go
 				}
 				return nil
 			case _, open = <-updates:
