@@ -26,7 +26,8 @@ type Key [32]byte
 func ParseKey(s string) (Key, error) {
 	var k Key
 	b, err := base64.StdEncoding.Strict().DecodeString(s)
-	if err != nil || len(b) != len(k) {
+	// The length, too: the decoder skips line ends, strict or not.
+	if err != nil || len(b) != len(k) || len(s) != base64.StdEncoding.EncodedLen(len(k)) {
 		return Key{}, fmt.Errorf("%q is not a WireGuard key: want 44 characters of base64", s)
 	}
 	copy(k[:], b)
@@ -143,6 +144,8 @@ func CheckEndpoint(ep netip.AddrPort) error {
 		// The scope names an interface of one host. wgctrl drops it in both
 		// directions as well (wglinux/parse_linux.go parseSockaddr).
 		why = "IPv6 link-local address, which means nothing on another node"
+	case a.Zone() != "":
+		why = "IPv6 zone, which means nothing on another node"
 	default:
 		return nil
 	}

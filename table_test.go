@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: MIT
+
+package wgroam
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
+)
+
+var digestKey = [32]byte{1, 2, 3}
+
+func tableOf(records ...Record) *Table {
+	t := NewTable(digestKey)
+	for _, r := range records {
+		t.Merge(r)
+	}
+	return t
+}
+
+// contents returns what a table holds, in an order.
+func contents(t *Table) []Record {
+	return slices.SortedFunc(slices.Values(t.Records()), func(a, b Record) int { return slices.Compare(a.Peer[:], b.Peer[:]) })
+}
+
+// TestTableMerge: a table is the newest record per peer, and nothing else: not
+// the order of arrival, the repetitions, or how the records were grouped on
+// their way. Records with equal versions and different contents, which only a
+// broken node makes, are no exception.
+func TestTableMerge(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		records := rapid.SliceOfN(genRecord, 0, 40).Draw(t, "records")
+
+		want := map[Key]Record{}
+		for _, r := range records {
+			if old, ok := want[r.Peer]; !ok || r.compare(old) > 0 {
+				want[r.Peer] = r
+			}
+		}
+		one := tableOf(records...)
+		same := func(how string, got *Table) {
+			t.Helper()
+			if diff := cmp.Diff(contents(one), contents(got), cmpAddrPort); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", how, diff)
+			}
+			if one.Digests() != got.Digests() {
+				t.Errorf("%s: equal tables with different digests", how)
+			}
+		}
+		if got := contents(one); len(got) != len(want) || one.Len() != len(want) {
+			t.Errorf("%d records of %d peers (Len %d)", len(got), len(want), one.Len())
+		}
+		for k, r := range want {
+			if got, ok := one.Get(k); !ok || got != r {
+				t.Errorf("Get(%v) = %+v, %v, want %+v", k, got, ok, r)
+			}
+		}
+
+		same("commutative", tableOf(shuffled(t, records)...))
+		same("idempotent", tableOf(append(slices.Clone(records), shuffled(t, records)...)...))
+		for _, r := range records {
+			if one.Merge(r) {
+				t.Errorf("merged twice: %+v", r)
+			}
+		}
+
+		// a+(b+c) is (a+b)+c, where + goes by way of a table.
+		i := rapid.IntRange(0, len(records)).Draw(t, "i")
+		j := rapid.IntRange(i, len(records)).Draw(t, "j")
+		a, b, c := records[:i], records[i:j], records[j:]
+		same("associative: a+(b+c)", tableOf(append(slices.Clone(a), tableOf(slices.Concat(b, c)...).Records()...)...))
+		same("associative: (a+b)+c", tableOf(append(tableOf(slices.Concat(a, b)...).Records(), c...)...))
+	})
+}
+
+var cmpAddrPort = cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
+
+func TestTableMergeReports(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		table := NewTable(digestKey)
+		for _, r := range rapid.SliceOf(genRecord).Draw(t, "records") {
+			before, _ := table.Get(r.Peer)
+			won := table.Merge(r)
+			after, ok := table.Get(r.Peer)
+			if !ok || won != (after != before) || won != (after == r && before != r) {
+				t.Fatalf("Merge(%+v) = %v: from %+v to %+v", r, won, before, after)
+			}
+		}
+	})
+}
+
+// TestDigests: two tables have equal digests if and only if they hold the same
+// records, bucket by bucket.
+func TestDigests(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		a := tableOf(rapid.SliceOfN(genRecord, 0, 12).Draw(t, "a")...)
+		b := tableOf(rapid.SliceOfN(genRecord, 0, 12).Draw(t, "b")...)
+		da, db := a.Digests(), b.Digests()
+		for i := range da {
+			in := func(r Record) bool { return BucketOf(r.Peer) != i }
+			equal := slices.Equal(slices.DeleteFunc(contents(a), in), slices.DeleteFunc(contents(b), in))
+			if equal != (da[i] == db[i]) {
+				t.Errorf("bucket %d: equal records %v, digests %x and %x", i, equal, da[i], db[i])
+			}
+		}
+		if (da == db) != (da.Sum() == db.Sum()) {
+			t.Errorf("equal digests %v, sums %x and %x", da == db, da.Sum(), db.Sum())
+		}
+	})
+
+	// Empty buckets are zero, whatever was there before; the key matters.
+	if d := NewTable(digestKey).Digests(); d != (Digests{}) {
+		t.Error("an empty table has a digest")
+	}
+	r := Record{Peer: Key{1}, Cause: CauseData}
+	other := NewTable([32]byte{9})
+	other.Merge(r)
+	if tableOf(r).Digests() == other.Digests() {
+		t.Error("the digest does not depend on the key")
+	}
+}
+
+// TestDiffering: what two tables say of each other is enough to make them
+// equal, and is no more than the buckets in which they differ.
+func TestDiffering(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		common := rapid.SliceOfN(genRecord, 0, 20).Draw(t, "common")
+		a := tableOf(append(rapid.SliceOfN(genRecord, 0, 6).Draw(t, "a"), common...)...)
+		b := tableOf(append(rapid.SliceOfN(genRecord, 0, 6).Draw(t, "b"), common...)...)
+		want := tableOf(append(a.Records(), b.Records()...)...)
+
+		da, db := a.Digests(), b.Digests()
+		fromA, fromB := a.Differing(&db), b.Differing(&da)
+		for _, r := range append(slices.Clone(fromA), fromB...) {
+			if i := BucketOf(r.Peer); da[i] == db[i] {
+				t.Errorf("bucket %d is equal on both sides, and %+v is sent", i, r)
+			}
+		}
+		for _, r := range fromA {
+			b.Merge(r)
+		}
+		for _, r := range fromB {
+			a.Merge(r)
+		}
+		for name, got := range map[string]*Table{"a": a, "b": b} {
+			if diff := cmp.Diff(contents(want), contents(got), cmpAddrPort); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", name, diff)
+			}
+		}
+		da = a.Digests()
+		if rest := b.Differing(&da); rest != nil {
+			t.Errorf("still different: %+v", rest)
+		}
+	})
+}
+
+func TestTableNotify(t *testing.T) {
+	table := NewTable(digestKey)
+	record := func(peer byte, hlc HLC, node NodeID) Record {
+		return Record{Peer: Key{peer}, Cause: CauseData, Version: Version{HLC: hlc, Node: node}}
+	}
+	table.Merge(record(1, 1, 1)) // before anybody listens
+	all, foreign := NewChanges(), NewChanges()
+	table.Notify(all, nil)
+	table.Notify(foreign, func(r Record) bool { return r.Version.Node != 1 })
+
+	table.Merge(record(2, 5, 1))
+	table.Merge(record(3, 5, 2))
+	table.Merge(record(2, 4, 2)) // does not win
+	table.Merge(record(1, 2, 2))
+	table.Merge(record(3, 6, 2))
+	for name, tt := range map[string]struct {
+		changes *Changes
+		want    []Key
+	}{
+		"all":     {all, []Key{{2}, {3}, {1}}},
+		"foreign": {foreign, []Key{{3}, {1}}},
+	} {
+		if diff := cmp.Diff(tt.want, tt.changes.Take(9)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+func TestBucketOf(t *testing.T) {
+	seen := map[int]int{}
+	for i := range 65536 {
+		b := BucketOf(Key{0: byte(i >> 8), 1: byte(i)})
+		if b < 0 || b >= Buckets {
+			t.Fatalf("bucket %d", b)
+		}
+		seen[b]++
+	}
+	for b, n := range seen {
+		if n != 64 {
+			t.Errorf("bucket %d has %d of 65536 prefixes, want 64", b, n)
+		}
+	}
+}
+
+// TestTableConcurrently is for the race detector.
+func TestTableConcurrently(t *testing.T) {
+	table, changes := NewTable(digestKey), NewChanges()
+	table.Notify(changes, nil)
+	var wg sync.WaitGroup
+	for node := range 4 {
+		wg.Go(func() {
+			for i := range 1000 {
+				table.Merge(Record{Peer: Key{byte(i)}, Cause: CauseData, Version: Version{HLC: HLC(i), Node: NodeID(node)}})
+			}
+		})
+		wg.Go(func() {
+			for range 100 {
+				d := table.Digests()
+				table.Differing(&d)
+				table.Differing(&Digests{})
+				table.Get(Key{byte(node)})
+				table.Len()
+			}
+		})
+	}
+	wg.Wait()
+	for _, r := range contents(table) {
+		if want := (Version{HLC: HLC(r.Peer[0]) + 256*((999-HLC(r.Peer[0]))/256), Node: 3}); r.Version != want {
+			t.Errorf("peer %d: %+v, want %+v", r.Peer[0], r.Version, want)
+		}
+	}
+	if changes.Len() != 256 {
+		t.Errorf("%d peers have changed", changes.Len())
+	}
+}
+
+func manyRecords(n int) []Record {
+	records := make([]Record, n)
+	for i := range records {
+		r := &records[i]
+		binary.BigEndian.PutUint64(r.Peer[:], uint64(i)*0x9e3779b97f4a7c15) // spread over the buckets
+		r.Endpoint = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 51820)
+		r.Cause = CauseData
+		r.Version = Version{HLC: HLC(i), Node: 1}
+	}
+	return records
+}
+
+// BenchmarkTableMemory reports the heap that a table takes, per peer, map and
+// all. It depends on how full the map is: 60 000 is the worst that there is in
+// this range, just after the map has grown.
+func BenchmarkTableMemory(b *testing.B) {
+	for _, n := range []int{1000, 10_000, 60_000, 100_000} {
+		b.Run(fmt.Sprintf("peers=%d", n), func(b *testing.B) {
+			records := manyRecords(n)
+			var per float64
+			for b.Loop() {
+				before := heap()
+				table := tableOf(records...)
+				per = float64(heap()-before) / float64(n)
+				runtime.KeepAlive(table)
+			}
+			b.ReportMetric(per, "bytes/peer")
+		})
+	}
+}
+
+func heap() uint64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
+// TestTableMemory: 100 000 peers fit in 20 MB.
+func TestTableMemory(t *testing.T) {
+	const n, limit = 100_000, 200
+	records := manyRecords(n)
+	before := heap()
+	table := tableOf(records...)
+	per := (heap() - before) / n
+	runtime.KeepAlive(table)
+	runtime.KeepAlive(records)
+	t.Logf("%d bytes per peer", per)
+	if per > limit {
+		t.Errorf("%d bytes per peer, want at most %d", per, limit)
+	}
+}
+
+func BenchmarkTableMerge(b *testing.B) {
+	records := manyRecords(100_000)
+	table := tableOf(records...)
+	i := 0
+	for b.Loop() {
+		r := records[i%len(records)]
+		r.Version.HLC += HLC(i + 1)
+		table.Merge(r)
+		i++
+	}
+}
+
+func BenchmarkTableDiffering(b *testing.B) {
+	records := manyRecords(100_000)
+	table := tableOf(records...)
+	digests := tableOf(records[1:]...).Digests()
+	for b.Loop() {
+		if n := len(table.Differing(&digests)); n == 0 || n > 1000 {
+			b.Fatal(n)
+		}
+	}
+}
