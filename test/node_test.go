@@ -247,6 +247,16 @@ func (n *node) status() control.DeviceStatus {
 	return s.Devices[0]
 }
 
+// awaitRung waits until the node follows its device by that rung, for a reason
+// that contains why.
+func (n *node) awaitRung(rung, why string) {
+	n.t.Helper()
+	await(n.t, "detector "+rung, func() (bool, string) {
+		d := n.status().Detector
+		return d.Rung == rung && strings.Contains(d.Reason, why), fmt.Sprintf("%+v", d)
+	})
+}
+
 // awaitNodes waits until the node is in step with so many others.
 func (n *node) awaitNodes(count int) {
 	n.t.Helper()

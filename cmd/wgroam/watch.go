@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -99,8 +98,13 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 	var kernel tracker.Kernel
 	defer kernel.Close()
 
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	failed := make(chan error, 1)
+	fail := func(err error) {
+		select {
+		case failed <- err:
+		default:
+		}
+	}
 	session := func(ctx context.Context, link wg.Link) error {
 		t := tracker.New(tracker.Config{
 			Device: link.Name, Ifindex: link.Ifindex, Netns: netns,
@@ -111,7 +115,7 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 					return
 				}
 				if err := out.print(control.NewEvent(link.Name, o, time.Now())); err != nil {
-					cancel(err)
+					fail(err)
 				}
 			},
 		})
@@ -121,7 +125,15 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 		return t.Run(ctx)
 	}
 
-	var g errgroup.Group
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		select {
+		case err := <-failed:
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	if device != "" {
 		if _, err := client.Device(device); err != nil {
 			return err
@@ -132,22 +144,20 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 			}, session)
 		})
 	} else {
-		g.Go(func() error { return watchAll(ctx, e, client, &g, session) })
+		g.Go(func() error { return watchAll(ctx, e, client, g, session, fail) })
 	}
-	err = g.Wait()
-	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) {
-		err = cause // the output is gone
-	}
-	return err
+	return g.Wait()
 }
 
 // watchAll starts to follow every device of this namespace, as they come.
-func watchAll(ctx context.Context, e env, client *wg.Client, g *errgroup.Group, session func(context.Context, wg.Link) error) error {
+func watchAll(ctx context.Context, e env, client *wg.Client, g *errgroup.Group,
+	session func(context.Context, wg.Link) error, fail func(error),
+) error {
 	followed := make(map[string]bool)
 	return wg.WatchLinks(ctx, func() {
 		names, err := client.Names()
 		if err != nil {
-			e.log.Error("cannot list devices", "err", err)
+			fail(err)
 			return
 		}
 		for _, name := range names {
