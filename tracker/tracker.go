@@ -314,19 +314,32 @@ func (t *Tracker) dump(why dumpReason) error {
 			t.peers[dp.Key] = p
 		}
 		spoke := dp.Received > p.received
-		p.received = dp.Received
 		if p.boot >= start {
 			// An event came while the device was being read: it is newer.
+			p.received = dp.Received
 			continue
 		}
 		held, seen := t.cfg.View.Get(dp.Key)
+		moved := dp.Endpoint != p.endpoint || !seen
+		if moved && spoke && dp.LastHandshake.IsZero() && held.Endpoint != dp.Endpoint {
+			// In the middle of the first handshake, or of one that was replayed
+			// and will not be completed. The next dump knows.
+			if !seen {
+				t.cfg.View.Set(dp.Key, wgroam.Holding{})
+			}
+			if why == dumpStart {
+				t.wantDump()
+			}
+			continue
+		}
+		p.received = dp.Received
 		if seen && held.Endpoint == dp.Endpoint {
 			// Nothing new, or what the applier has just written: with polling,
 			// the View is the first to know.
 			p.endpoint = dp.Endpoint
 			continue
 		}
-		if seen && p.endpoint == dp.Endpoint {
+		if seen && !moved {
 			// The View knows of a write that has not happened.
 			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig, At: now})
 			continue
@@ -342,7 +355,7 @@ func (t *Tracker) dump(why dumpReason) error {
 			// A peer that has completed a handshake was there at that time, if
 			// not later; a restart on live sessions loses nothing.
 			o.Cause, o.At = wgroam.CauseSnapshot, dp.LastHandshake
-		case spoke && !dp.LastHandshake.IsZero():
+		case spoke:
 			// Its packets arrived since the last dump, and the endpoint is
 			// another: they brought it.
 			o.Cause, o.At = wgroam.CauseData, now
