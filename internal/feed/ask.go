@@ -77,6 +77,16 @@ func (l *Link) targets(node wgroam.NodeID) []target {
 	return out
 }
 
+func (l *Link) connected() []*conn {
+	var up []*conn
+	for _, c := range l.conns {
+		if c.up.Load() {
+			up = append(up, c)
+		}
+	}
+	return up
+}
+
 // Ask asks a node for all that it has and we have not, by the digests of our
 // table, and yields the answer in pieces of at most MaxRecords records. It may
 // contain records that we have.
@@ -89,6 +99,11 @@ func (l *Link) targets(node wgroam.NodeID) []target {
 // ErrNoAnswer or ErrNoLink. What came before it is good all the same.
 func (l *Link) Ask(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests) iter.Seq2[Update, error] {
 	return func(yield func(Update, error) bool) {
+		up := l.connected()
+		if len(up) == 0 {
+			yield(Update{}, fmt.Errorf("ask for missed records: %w", ErrNoLink))
+			return
+		}
 		list := l.targets(node)
 		if len(list) == 0 && node == 0 {
 			select {
@@ -99,17 +114,7 @@ func (l *Link) Ask(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests
 			list = l.targets(node)
 		}
 		if len(list) == 0 {
-			all := target{node: node}
-			for _, c := range l.conns {
-				if c.up.Load() {
-					all.via = append(all.via, c)
-				}
-			}
-			if len(all.via) == 0 {
-				yield(Update{}, fmt.Errorf("ask for missed records: %w", ErrNoLink))
-				return
-			}
-			list = append(list, all)
+			list = append(list, target{node: node, via: up})
 		}
 		var errs []error
 		for _, t := range list {
@@ -133,9 +138,8 @@ var errStop = errors.New("the caller has had enough")
 func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield func(Update, error) bool) error {
 	req := &Request{Have: *have, asked: t.node}
 	_, _ = rand.Read(req.bind[:]) // never fails
-	inbox := l.prefix + "r." + l.self.String() + "." + rand.Text()
-	subject := l.prefix + "q"
-	frame := l.keys.seal(nil, l.header(kindRequest, l.asks.Add(1), requestSize, 1), appendRequest(nil, req), subject, []byte(inbox))
+	inbox, subject := l.inbox(l.self, req.bind), l.prefix+"q"
+	frame := l.keys.seal(nil, l.header(kindRequest, l.asks.Add(1), requestSize, 1), appendRequest(nil, req), subject, nil)
 
 	replies := make(chan *nats.Msg)
 	done := make(chan struct{})
@@ -160,6 +164,8 @@ func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield fu
 		}
 		subs = append(subs, sub)
 		_ = sub.SetPendingLimits(-1, pendingBytes)
+		// The servers want to know where the answer will come, or a new
+		// subscription in another cluster may miss it.
 		if nc.PublishRequest(subject, inbox, frame) == nil {
 			asked++
 		}

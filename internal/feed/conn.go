@@ -87,8 +87,8 @@ func (l *Link) newConn(name, url string, opts nats.Options) *conn {
 	o.MaxPingsOut = 2
 	// The dialler looks up names, within its timeout.
 	o.SkipHostLookup = true
-	o.ConnectedCB = func(*nats.Conn) { c.connected() }
-	o.ReconnectedCB = func(*nats.Conn) { c.connected() }
+	o.ConnectedCB = func(*nats.Conn) { c.connected(false) }
+	o.ReconnectedCB = func(*nats.Conn) { c.connected(true) }
 	o.DisconnectedErrCB = func(_ *nats.Conn, err error) { c.disconnected(err) }
 	o.ReconnectErrCB = func(_ *nats.Conn, err error) { c.failed(err) }
 	o.AsyncErrorCB = c.asyncError
@@ -170,7 +170,7 @@ func (c *conn) start(ctx context.Context) {
 		c.nc.Store(nc)
 		c.subscribe(nc)
 		if nc.IsConnected() {
-			c.connected()
+			c.connected(false)
 		}
 	})
 }
@@ -219,11 +219,12 @@ func (c *conn) state() ConnStatus {
 	return c.status
 }
 
-func (c *conn) connected() {
+// connected notes that the connection is up, for the first time or again.
+func (c *conn) connected(again bool) {
 	c.turn.Lock()
 	defer c.turn.Unlock()
 	if !c.subscribed {
-		return // subscribe's caller looks again
+		return // whoever subscribes looks again
 	}
 	c.mu.Lock()
 	closing := c.closing
@@ -235,10 +236,12 @@ func (c *conn) connected() {
 	if closing {
 		return
 	}
-	if !c.up.Swap(true) {
+	if was := c.up.Swap(true); !was {
 		c.l.log.Info("feed connected", "conn", c.name)
+	} else if !again {
+		return
 	}
-	// Also when it was up: a break so short that it went unseen is a break.
+	// A break so short that it went unseen is a break.
 	c.l.emit(Event{Conn: c.name, Up: true})
 }
 

@@ -13,7 +13,7 @@
 //	u.<node>           updates
 //	b.<node>           beats
 //	q                  sync requests
-//	r.<node>.<random>  sync replies
+//	r.<node>.<nonce>   sync replies
 //
 // so that publish and subscribe on wgroam.v1.<group>.> is all the permission
 // that a node needs. <node> is a wgroam.NodeID in hexadecimal.
@@ -21,6 +21,7 @@ package feed
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -329,11 +330,11 @@ func (l *Link) Answer(ctx context.Context, r *Request, records []wgroam.Record) 
 		h.Seq++
 		h.count = uint16(len(chunk))
 		body = appendRecords(body[:0], chunk)
-		out = l.keys.seal(out[:0], h, body, r.reply, r.bind[:])
+		out = l.keys.seal(out[:0], h, body, r.inbox, r.bind[:])
 		if !r.via.up.Load() {
 			return fmt.Errorf("answer %v: %w: %s", r.Node, ErrNoLink, r.via.name)
 		}
-		if err := r.via.nc.Load().Publish(r.reply, out); err != nil {
+		if err := r.via.nc.Load().Publish(r.inbox, out); err != nil {
 			return fmt.Errorf("answer %v: %w", r.Node, err)
 		}
 	}
@@ -413,9 +414,14 @@ func (l *Link) receiveUpdate(c *conn, subject string, h header, body []byte) {
 	}
 }
 
+// inbox returns the subject for the answer to a request.
+func (l *Link) inbox(node wgroam.NodeID, bind [bindSize]byte) string {
+	return l.prefix + "r." + node.String() + "." + hex.EncodeToString(bind[:])
+}
+
 // receiveRequest handles a message on q.
 func (l *Link) receiveRequest(c *conn, m *nats.Msg) {
-	h, body, err := l.keys.open(m.Data, m.Subject, []byte(m.Reply), kindRequest)
+	h, body, err := l.keys.open(m.Data, m.Subject, nil, kindRequest)
 	if err != nil {
 		l.refuse(c, m.Subject, err)
 		return
@@ -424,9 +430,6 @@ func (l *Link) receiveRequest(c *conn, m *nats.Msg) {
 		return
 	}
 	r, err := decodeRequest(h, body)
-	if err == nil && !strings.HasPrefix(m.Reply, l.prefix+"r.") {
-		err = errMalformed
-	}
 	if err != nil {
 		l.refuse(c, m.Subject, err)
 		return
@@ -434,7 +437,9 @@ func (l *Link) receiveRequest(c *conn, m *nats.Msg) {
 	if r.asked != 0 && r.asked != l.self {
 		return
 	}
-	r.reply, r.via = m.Reply, c
+	// Not the reply subject of the message: nobody may make us publish
+	// elsewhere.
+	r.inbox, r.via = l.inbox(h.Node, r.bind), c
 	l.count.requests.Add(1)
 	for _, f := range l.onRequest {
 		f(r)

@@ -281,13 +281,14 @@ type Request struct {
 
 	bind  [bindSize]byte
 	asked wgroam.NodeID // zero: whoever hears it
-	reply string
+	inbox string        // the subject of the answer
 	via   *conn
 }
 
 // appendRequest appends the body of a sync request:
 //
-//	 0  nonce    16 bytes, random: the reply is sealed with it
+//	 0  nonce    16 bytes, random: the reply is sealed with it, and names its
+//	             subject with it
 //	16  node     u64, who is asked; zero: whoever hears it
 //	24  digests  1024 of u64
 func appendRequest(dst []byte, r *Request) []byte {

@@ -4,6 +4,7 @@ package feed
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"os"
@@ -28,7 +29,7 @@ func testRecord(i int) wgroam.Record {
 		Cause:    wgroam.CauseData,
 		Version:  wgroam.Version{HLC: wgroam.HLC(i + 1), Node: testNode},
 	}
-	copy(r.Peer[:], fmt.Sprintf("%04x peer %d", i*40503&0xffff, i))
+	binary.BigEndian.PutUint64(r.Peer[8:], uint64(i))
 	return r
 }
 
@@ -67,7 +68,7 @@ func samples(k Keys) []sample {
 	list := []sample{
 		{name: "update", kind: kindUpdate, subject: prefix + "u." + testNode.String()},
 		{name: "beat", kind: kindBeat, subject: prefix + "b." + testNode.String()},
-		{name: "request", kind: kindRequest, subject: prefix + "q", bind: []byte(inbox)},
+		{name: "request", kind: kindRequest, subject: prefix + "q"},
 		{name: "reply", kind: kindReply, subject: inbox, bind: bind},
 	}
 	for i, body := range [][]byte{one, appendBeat(nil, beat), appendRequest(nil, &Request{}), one} {
@@ -94,7 +95,7 @@ func golden(t testing.TB, k Keys) []sample {
 	list := []sample{
 		{name: "update", kind: kindUpdate, subject: prefix + "u.1122334455667788"},
 		{name: "beat", kind: kindBeat, subject: prefix + "b.1122334455667788"},
-		{name: "request", kind: kindRequest, subject: prefix + "q", bind: []byte(prefix + "r.x.y")},
+		{name: "request", kind: kindRequest, subject: prefix + "q"},
 		{name: "reply", kind: kindReply, subject: prefix + "r.x.y", bind: bind},
 	}
 	for i := range list {

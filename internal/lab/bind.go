@@ -133,8 +133,8 @@ func (b *bind) Send(packets [][]byte, to conn.Endpoint) error {
 			src = *s
 		}
 		_, _, err := c.WriteMsgUDPAddrPort(p, src, ep.dst)
-		if src != nil && errors.Is(err, unix.EINVAL) {
-			// The address is no longer ours. The kernel's WireGuard then lets routing
+		if src != nil && err != nil {
+			// The address may no longer be ours. The kernel's WireGuard then lets routing
 			// choose, too (drivers/net/wireguard/socket.c send4 and send6).
 			ep.ClearSrc()
 			_, _, err = c.WriteMsgUDPAddrPort(p, nil, ep.dst)

@@ -24,7 +24,7 @@ import (
 
 // Client is a WireGuard peer of all gateways. It talks to the virtual IP, over
 // IPv4 at first. All clients share a namespace; each has a WireGuard device, an
-// outer IPv4 and IPv6 address and a port for itself.
+// outer address and a port for itself.
 //
 // The Roam methods tell the gateway nothing: it learns of a roam from the next
 // packet, which Send or Ping sends.
@@ -39,9 +39,9 @@ type Client struct {
 	alive time.Duration // persistent keepalive
 
 	// Guarded by lab.mu.
-	addr4, addr6 netip.Addr // outer
-	port         int        // outer
-	vip          netip.Addr // which of the two it talks to
+	addr netip.Addr // outer
+	port int        // outer
+	vip  netip.Addr // which of the two it talks to
 }
 
 func newClient(l *Lab, n int) (*Client, error) {
@@ -55,7 +55,6 @@ func newClient(l *Lab, n int) (*Client, error) {
 		lab:    l,
 		n:      n,
 		key:    key,
-		vip:    VIP4,
 	}, nil
 }
 
@@ -74,7 +73,7 @@ func (c *Client) build(log *slog.Logger, keepalive time.Duration) error {
 			return fmt.Errorf("routing rule: %w", err)
 		}
 	}
-	if err := c.readdress(); err != nil {
+	if err := c.move(VIP4); err != nil {
 		return err
 	}
 	name := "wg" + strconv.Itoa(c.n)
@@ -132,12 +131,7 @@ func (c *Client) Endpoint() netip.AddrPort {
 	return c.endpoint()
 }
 
-func (c *Client) endpoint() netip.AddrPort {
-	if c.vip.Is6() {
-		return netip.AddrPortFrom(c.addr6, uint16(c.port))
-	}
-	return netip.AddrPortFrom(c.addr4, uint16(c.port))
-}
+func (c *Client) endpoint() netip.AddrPort { return netip.AddrPortFrom(c.addr, uint16(c.port)) }
 
 // RoamPort moves the client to another port, as a NAT would that forgot it, and
 // returns the new endpoint.
@@ -152,41 +146,100 @@ func (c *Client) RoamPort() (netip.AddrPort, error) {
 	return c.endpoint(), nil
 }
 
-// RoamAddress takes the client's outer addresses away, gives it new ones, as
+// RoamAddress takes the client's outer address away, gives it a new one, as
 // another network would, and returns the new endpoint. A lab never gives out an
-// address twice; it has 130000 of each family.
+// address twice; it has 130000.
 func (c *Client) RoamAddress() (netip.AddrPort, error) {
 	c.lab.mu.Lock()
 	defer c.lab.mu.Unlock()
-	old4, old6 := c.addr4, c.addr6
-	err := c.readdress()
-	if err == nil {
-		// wireguard-go would hold on to the old source until its next handshake.
-		err = c.aim()
-	}
-	if err == nil {
-		err = errors.Join(
-			c.lab.clients.delAddr(uplink, host(old4)),
-			c.lab.clients.delAddr(uplink, host(old6)),
-			// Else thousands of roams fill the kernel's neighbour table.
-			c.lab.router.forget(uplink, old4, old6),
-		)
-	}
-	return c.endpoint(), err
+	return c.roam(c.vip)
 }
 
-// RoamFamily makes the client talk to the virtual IP over the other IP version,
-// and returns the new endpoint.
+// RoamFamily takes the client to a network of the other IP version: a new outer
+// address, another virtual IP. It returns the new endpoint.
 func (c *Client) RoamFamily() (netip.AddrPort, error) {
 	c.lab.mu.Lock()
 	defer c.lab.mu.Unlock()
+	vip := VIP4
 	if c.vip == VIP4 {
-		c.vip = VIP6
-	} else {
-		c.vip = VIP4
+		vip = VIP6
 	}
-	err := c.aim()
-	return c.endpoint(), err
+	ep, err := c.roam(vip)
+	if err != nil {
+		return ep, err
+	}
+	// An answer to the old address that the device was still decrypting turns it
+	// back to the old virtual IP. No more of them arrive.
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for quiet := 0; quiet < 10; quiet++ {
+		<-tick.C
+		d, err := c.lab.clients.wg.Device(c.dev.name)
+		if err != nil {
+			return ep, fmt.Errorf("client %d: read %s: %w", c.n, c.dev.name, err)
+		}
+		if to := d.Peers[0].Endpoint; !to.IP.Equal(c.remote().IP) {
+			quiet = 0
+			if err := c.aim(); err != nil {
+				return ep, err
+			}
+		}
+	}
+	return ep, nil
+}
+
+func (c *Client) roam(vip netip.Addr) (netip.AddrPort, error) {
+	if err := c.move(vip); err != nil {
+		return netip.AddrPort{}, err
+	}
+	return c.endpoint(), c.aim()
+}
+
+// aim points the device at the client's virtual IP. The device forgets the
+// source address that it used before.
+func (c *Client) aim() error {
+	return c.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{{
+		PublicKey:  c.lab.key.PublicKey(),
+		UpdateOnly: true,
+		Endpoint:   c.remote(),
+	}}})
+}
+
+// move takes the client to where it reaches a virtual IP from its next address.
+// The old address goes before the device turns to the new one, so that no more
+// answers come to it.
+func (c *Client) move(vip netip.Addr) error {
+	network, old := uplink4, c.addr
+	if vip.Is6() {
+		network = uplink6
+	}
+	c.lab.addrs++
+	const reserved = 15 // for the router and the namespace itself
+	addr := nth(network, reserved+c.lab.addrs)
+	if !addr.IsValid() {
+		return fmt.Errorf("client %d: the lab has no outer address left after %d", c.n, c.lab.addrs)
+	}
+	ns := c.lab.clients
+	err := ns.addAddr(uplink, host(addr))
+	if err == nil && old.IsValid() && c.vip != vip {
+		// Else the device could send from any other address of the namespace.
+		err = ns.delDefault(c.mark(), uplink, old)
+	}
+	if err == nil {
+		err = ns.setDefault(c.mark(), uplink, network.Addr(), addr)
+	}
+	if err == nil && old.IsValid() {
+		err = errors.Join(
+			ns.delAddr(uplink, host(old)),
+			// Else thousands of roams fill the kernel's neighbour table.
+			c.lab.router.forget(uplink, old),
+		)
+	}
+	if err != nil {
+		return fmt.Errorf("client %d: %w", c.n, err)
+	}
+	c.addr, c.vip = addr, vip
+	return nil
 }
 
 // Forget makes the client drop its session: the next packet starts a handshake.
@@ -211,43 +264,10 @@ func (c *Client) Forget() error {
 	return c.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{c.peer()}})
 }
 
-// aim points the device at the client's virtual IP. The device forgets the
-// source address that it used before.
-func (c *Client) aim() error {
-	return c.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{{
-		PublicKey:  c.lab.key.PublicKey(),
-		UpdateOnly: true,
-		Endpoint:   c.remote(),
-	}}})
-}
-
 func (c *Client) configure(cfg wgtypes.Config) error {
 	if err := c.lab.clients.wg.ConfigureDevice(c.dev.name, cfg); err != nil {
 		return fmt.Errorf("client %d: configure %s: %w", c.n, c.dev.name, err)
 	}
-	return nil
-}
-
-// readdress gives the client its next outer addresses and leaves the old ones
-// where they are.
-func (c *Client) readdress() error {
-	c.lab.roams++
-	const reserved = 15 // for the router and the namespace itself
-	addr4, addr6 := nth(uplink4, reserved+c.lab.roams), nth(uplink6, reserved+c.lab.roams)
-	if !addr4.IsValid() {
-		return fmt.Errorf("client %d: the lab has no outer address left after %d", c.n, c.lab.roams)
-	}
-	ns := c.lab.clients
-	err := errors.Join(
-		ns.addAddr(uplink, host(addr4)),
-		ns.addAddr(uplink, host(addr6)),
-		ns.setDefault(c.mark(), uplink, uplink4.Addr(), addr4),
-		ns.setDefault(c.mark(), uplink, uplink6.Addr(), addr6),
-	)
-	if err != nil {
-		return fmt.Errorf("client %d: %w", c.n, err)
-	}
-	c.addr4, c.addr6 = addr4, addr6
 	return nil
 }
 
@@ -316,31 +336,53 @@ func (c *Client) Send(n int) error {
 // ends, in which case the error wraps the context's. It returns the time in
 // between.
 func (c *Client) Ping(ctx context.Context) (time.Duration, error) {
+	return c.echo(ctx, 0)
+}
+
+// Reach sends a datagram through the tunnel every 10 ms until one comes back,
+// whatever happens to the others, or ctx ends, in which case the error wraps
+// the context's. It returns how long that took.
+func (c *Client) Reach(ctx context.Context) (time.Duration, error) {
+	return c.echo(ctx, 10*time.Millisecond)
+}
+
+// echo sends once, or every so often.
+func (c *Client) echo(ctx context.Context, every time.Duration) (time.Duration, error) {
 	conn, err := c.Dial(ctx, "udp4", EchoPort)
 	if err != nil {
 		return 0, err
 	}
 	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	// The port may have been another ping's, whose echo is late.
 	nonce := make([]byte, 8)
 	rand.Read(nonce)
-	start := time.Now()
-	if _, err := conn.Write(nonce); err != nil {
-		return 0, fmt.Errorf("client %d: ping: %w", c.n, err)
-	}
 	buf := make([]byte, 64)
+	start := time.Now()
 	for {
-		n, err := conn.Read(buf)
-		if err != nil && ctx.Err() != nil {
+		sent := time.Now()
+		_, err := conn.Write(nonce)
+		if every > 0 {
+			err = conn.SetReadDeadline(sent.Add(every))
+		}
+		for err == nil {
+			var n int
+			if n, err = conn.Read(buf); err == nil && bytes.Equal(buf[:n], nonce) {
+				return time.Since(start), nil
+			}
+		}
+		if ctx.Err() == nil && every > 0 {
+			// Errors other than the deadline come at once.
+			select {
+			case <-time.After(time.Until(sent.Add(every))):
+				continue
+			case <-ctx.Done():
+			}
+		}
+		if ctx.Err() != nil {
 			return 0, fmt.Errorf("client %d: no echo: %w", c.n, ctx.Err())
 		}
-		if err != nil {
-			return 0, fmt.Errorf("client %d: ping: %w", c.n, err)
-		}
-		if bytes.Equal(buf[:n], nonce) {
-			return time.Since(start), nil
-		}
+		return 0, fmt.Errorf("client %d: no echo: %w", c.n, err)
 	}
 }

@@ -41,11 +41,11 @@ func (g *Gateway) build(log *slog.Logger) error {
 	if err := g.lab.router.addVeth(g.Name, g.ns, lanDev); err != nil {
 		return err
 	}
-	port, err := g.lab.router.nl.LinkByName(g.Name)
+	port, err := g.lab.router.link(g.Name)
 	if err != nil {
 		return err
 	}
-	master, err := g.lab.router.nl.LinkByName(bridge)
+	master, err := g.lab.router.link(bridge)
 	if err != nil {
 		return err
 	}
@@ -175,10 +175,18 @@ func (g *Gateway) Endpoint(peer wgroam.Key) (netip.AddrPort, error) {
 }
 
 // LinkDown sets the WireGuard device down: sessions and routes go, endpoints stay.
-func (g *Gateway) LinkDown() error { return g.dev.down() }
+func (g *Gateway) LinkDown() error {
+	g.lab.mu.Lock()
+	defer g.lab.mu.Unlock()
+	return g.dev.down()
+}
 
 // LinkUp sets the WireGuard device up again, with its addresses.
-func (g *Gateway) LinkUp() error { return g.dev.up() }
+func (g *Gateway) LinkUp() error {
+	g.lab.mu.Lock()
+	defer g.lab.mu.Unlock()
+	return g.dev.up()
+}
 
 // Kill cuts the gateway off the LAN, as a crash would: its programs run on but
 // nobody hears them.

@@ -95,10 +95,12 @@ type Lab struct {
 	clients *namespace
 	key     wgtypes.Key // the gateways' private key
 
-	mu     sync.Mutex // guards what follows, and the clients' addresses
-	holder *Gateway   // of the virtual IP
-	roams  int        // outer addresses handed out so far
-	ports  int        // client ports handed out so far
+	// mu guards what follows, the clients' addresses, and all changes to links
+	// against Close.
+	mu     sync.Mutex
+	holder *Gateway // of the virtual IP
+	addrs  int      // outer addresses handed out so far
+	ports  int      // client ports handed out so far
 	closed bool
 }
 
@@ -109,7 +111,7 @@ type Lab struct {
 //
 // The error wraps os.ErrPermission when the process lacks privileges (root, in practice).
 func New(ctx context.Context, cfg Config) (*Lab, error) {
-	if cfg.Gateways == nil {
+	if len(cfg.Gateways) == 0 {
 		cfg.Gateways = []string{"a", "h"}
 	}
 	if cfg.Clients == 0 {
@@ -119,7 +121,7 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 		return nil, err
 	}
 	if err := sweep(); err != nil {
-		return nil, fmt.Errorf("remove what earlier labs left: %w", err)
+		return nil, fmt.Errorf("remove what earlier labs left (needs root): %w", err)
 	}
 	prefix, err := namePrefix()
 	if err != nil {
@@ -185,9 +187,6 @@ func (l *Lab) build(ctx context.Context, cfg Config) error {
 		if err := c.build(cfg.Log, cfg.Keepalive); err != nil {
 			return fmt.Errorf("client %d: %w", c.n, err)
 		}
-	}
-	if len(l.Gateways) == 0 {
-		return nil
 	}
 	return l.MoveVIP(l.Gateways[0])
 }
@@ -285,7 +284,7 @@ func (n *namespace) addVeth(name string, other *namespace, peer string) error {
 
 // addAddr gives a link an address and waits until it is in use.
 func (n *namespace) addAddr(dev string, p netip.Prefix) error {
-	link, err := n.nl.LinkByName(dev)
+	link, err := n.link(dev)
 	if err == nil {
 		err = n.nl.AddrReplace(link, &netlink.Addr{IPNet: ipNet(p)})
 	}
@@ -309,10 +308,10 @@ func (n *namespace) settled(link netlink.Link) error {
 	timeout := time.After(10 * time.Second)
 	for {
 		addrs, err := n.nl.AddrList(link, netlink.FAMILY_V6)
-		if err != nil {
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 			return err
 		}
-		if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.Flags&unix.IFA_F_TENTATIVE != 0 }) {
+		if err == nil && !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.Flags&unix.IFA_F_TENTATIVE != 0 }) {
 			return nil
 		}
 		select {
@@ -325,7 +324,7 @@ func (n *namespace) settled(link netlink.Link) error {
 
 // delAddr takes an address away; it need not be there.
 func (n *namespace) delAddr(dev string, p netip.Prefix) error {
-	link, err := n.nl.LinkByName(dev)
+	link, err := n.link(dev)
 	if err == nil {
 		err = n.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(p)})
 	}
@@ -337,7 +336,7 @@ func (n *namespace) delAddr(dev string, p netip.Prefix) error {
 
 // forget removes neighbour entries; they need not be there.
 func (n *namespace) forget(dev string, addrs ...netip.Addr) error {
-	link, err := n.nl.LinkByName(dev)
+	link, err := n.link(dev)
 	if err != nil {
 		return fmt.Errorf("find link %s: %w", dev, err)
 	}
@@ -353,11 +352,11 @@ func (n *namespace) forget(dev string, addrs ...netip.Addr) error {
 // setDefault makes the default route of a table (0: main) lead to via, with src
 // as the source address that it prefers.
 func (n *namespace) setDefault(table int, dev string, via, src netip.Addr) error {
-	link, err := n.nl.LinkByName(dev)
+	link, err := n.link(dev)
 	if err == nil {
 		err = n.nl.RouteReplace(&netlink.Route{
 			LinkIndex: link.Attrs().Index,
-			Dst:       ipNet(netip.PrefixFrom(unspecified(via), 0)),
+			Dst:       everything(via),
 			Gw:        via.AsSlice(),
 			Src:       src.AsSlice(),
 			Table:     table,
@@ -369,12 +368,20 @@ func (n *namespace) setDefault(table int, dev string, via, src netip.Addr) error
 	return nil
 }
 
-func unspecified(a netip.Addr) netip.Addr {
-	if a.Is4() {
-		return netip.IPv4Unspecified()
+// delDefault removes the default route of a table for the IP version of a.
+func (n *namespace) delDefault(table int, dev string, a netip.Addr) error {
+	link, err := n.link(dev)
+	if err == nil {
+		err = n.nl.RouteDel(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: everything(a), Table: table})
 	}
-	return netip.IPv6Unspecified()
+	if err != nil {
+		return fmt.Errorf("remove a default route: %w", err)
+	}
+	return nil
 }
+
+// everything is the network of all addresses of a's IP version.
+func everything(a netip.Addr) *net.IPNet { return ipNet(netip.PrefixFrom(a, 0).Masked()) }
 
 func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}

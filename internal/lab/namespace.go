@@ -147,8 +147,19 @@ func (n *namespace) start(cmd *exec.Cmd) error {
 	}
 }
 
+// link finds a link. A closed netlink.Handle would look for it in the namespace
+// of the calling thread.
+func (n *namespace) link(name string) (netlink.Link, error) {
+	select {
+	case <-n.gone:
+		return nil, fmt.Errorf("the network namespace of %s is closed", n.name)
+	default:
+		return n.nl.LinkByName(name)
+	}
+}
+
 func (n *namespace) linkUp(name string) error {
-	link, err := n.nl.LinkByName(name)
+	link, err := n.link(name)
 	if err == nil {
 		err = n.nl.LinkSetUp(link)
 	}
@@ -159,7 +170,7 @@ func (n *namespace) linkUp(name string) error {
 }
 
 func (n *namespace) linkDown(name string) error {
-	link, err := n.nl.LinkByName(name)
+	link, err := n.link(name)
 	if err == nil {
 		err = n.nl.LinkSetDown(link)
 	}

@@ -217,9 +217,9 @@ func (u *userDevice) close() {
 
 // tunDevice makes wireguard-go follow its link as the kernel's WireGuard does:
 // down closes the port and drops the sessions, up opens it. On its own it learns
-// of a link going down from an empty write to the TUN device. Current kernels
-// check the length of that before they look at the link (drivers/net/tun.c
-// tun_get_user), so that it never learns.
+// of a link going down from the error of an empty write to the TUN device. A
+// current kernel (6.18) complains of the length before it looks at the link, so
+// that it never learns.
 type tunDevice struct {
 	tun.Device
 	name    string

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+
+package publisher
+
+import (
+	"testing"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/feed"
+)
+
+func ask(node, boot, seq int) *feed.Request {
+	return &feed.Request{Header: feed.Header{Node: wgroam.NodeID(node), Boot: uint64(boot), Seq: uint64(seq)}}
+}
+
+func TestRequestsOnePerNode(t *testing.T) {
+	q, now := newRequests(), time.Unix(1000, 0)
+	q.addAt(ask(1, 1, 1), now)
+	q.addAt(ask(2, 1, 1), now)
+	newest := ask(1, 1, 2)
+	q.addAt(newest, now)
+	select {
+	case <-q.ready:
+	default:
+		t.Error("does not say that there is something")
+	}
+	if r := q.next(); r != newest {
+		t.Errorf("got %+v, want the newest", r)
+	}
+	if r := q.next(); r == nil || r.Node != 2 {
+		t.Errorf("got %+v", r)
+	}
+	if r := q.next(); r != nil {
+		t.Errorf("got %+v", r)
+	}
+}
+
+func TestRequestsReplayed(t *testing.T) {
+	q, now := newRequests(), time.Unix(1000, 0)
+	take := func(r *feed.Request) bool {
+		q.addAt(r, now)
+		return q.next() == r
+	}
+	for _, tc := range []struct {
+		boot, seq int
+		want      bool
+	}{{5, 3, true}, {5, 3, false}, {5, 2, false}, {4, 9, false}, {5, 4, true}, {6, 1, true}, {5, 5, false}} {
+		if got := take(ask(1, tc.boot, tc.seq)); got != tc.want {
+			t.Errorf("boot %d, seq %d: accepted is %v", tc.boot, tc.seq, got)
+		}
+	}
+}
+
+func TestRequestsRate(t *testing.T) {
+	q, now := newRequests(), time.Unix(1000, 0)
+	answers, seq := 0, 0
+	for range 1000 { // one every millisecond
+		seq++
+		now = now.Add(time.Millisecond)
+		q.addAt(ask(1, 1, seq), now)
+		if q.next() != nil {
+			answers++
+		}
+	}
+	if answers < 19 || answers > 20 {
+		t.Errorf("%d answers in a second, want 10 at once and 10 a second", answers)
+	}
+	now = now.Add(time.Hour)
+	for range 100 {
+		seq++
+		q.addAt(ask(1, 1, seq), now)
+		if q.next() != nil {
+			answers++
+		}
+	}
+	if answers < 29 || answers > 30 {
+		t.Errorf("%d answers after a pause, want 10 more", answers)
+	}
+}
+
+func TestRequestsBounded(t *testing.T) {
+	q, now := newRequests(), time.Unix(1000, 0)
+	for i := range 10 * maxAskers {
+		q.addAt(ask(i, 1, 1), now)
+	}
+	if len(q.askers) != maxAskers || len(q.order) != maxAskers {
+		t.Errorf("%d askers, %d waiting", len(q.askers), len(q.order))
+	}
+	for q.next() != nil {
+	}
+	q.addAt(ask(-1, 1, 1), now)
+	if q.next() != nil {
+		t.Error("a node too many was answered")
+	}
+	q.addAt(ask(-1, 1, 2), now.Add(time.Minute))
+	if q.next() == nil || len(q.askers) != maxAskers {
+		t.Error("a new node was not answered when the others had long been")
+	}
+}
