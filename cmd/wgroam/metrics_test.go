@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/wgroam/wgroam/internal/config"
+	"github.com/wgroam/wgroam/tracker"
+)
+
+// A daemon whose device does not exist yet has metrics all the same.
+func TestCollector(t *testing.T) {
+	cfg, err := config.ForDevice("wg0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{cfg: cfg, log: slog.New(slog.DiscardHandler), kernel: new(tracker.Kernel)}
+	d.devices = []*device{{cfg: cfg.Devices[0], d: d, log: d.log}}
+
+	problems, err := testutil.CollectAndLint(collector{d})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+	want := `
+# HELP wgroam_sweep_repairs_total Changes that only the slow sweep found.
+# TYPE wgroam_sweep_repairs_total counter
+wgroam_sweep_repairs_total{device="wg0"} 0
+`
+	if err := testutil.CollectAndCompare(collector{d}, strings.NewReader(want), "wgroam_sweep_repairs_total"); err != nil {
+		t.Error(err)
+	}
+}
+
+// The defaults of watch are those of the configuration.
+func TestDefaults(t *testing.T) {
+	cfg, err := config.ForDevice("wg0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.ControlSocket != defaultSocket || cfg.Devices[0].PollInterval != defaultPoll || cfg.Devices[0].SweepInterval != defaultSweep {
+		t.Errorf("watch and run have different defaults: %+v", cfg)
+	}
+}
