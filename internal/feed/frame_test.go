@@ -5,6 +5,7 @@ package feed
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -174,7 +175,7 @@ func TestGolden(t *testing.T) {
 func TestRoundTrip(t *testing.T) {
 	k := testKeys(t)
 	subject := "wgroam.v1." + k.Group() + ".u." + testNode.String()
-	for _, n := range []int{1, 2, MaxRecords} {
+	for _, n := range []int{1, 2, MaxRecords, 3 * MaxRecords} {
 		records := testRecords(n)
 		frame := k.seal(nil, testHeader(kindUpdate, 9, wgroam.RecordSize, n), appendRecords(nil, records), subject, nil)
 		if want := minFrame + n*wgroam.RecordSize; len(frame) != want {
@@ -235,11 +236,11 @@ func TestTruncated(t *testing.T) {
 			if n < minFrame {
 				want = errShort
 			}
-			if err != want {
+			if !errors.Is(err, want) {
 				t.Fatalf("%s cut to %d of %d bytes: got %v, want %v", s.name, n, len(s.frame), err, want)
 			}
 		}
-		if err := s.open(k, append(bytes.Clone(s.frame), 0)); err != errAuth {
+		if err := s.open(k, append(bytes.Clone(s.frame), 0)); !errors.Is(err, errAuth) {
 			t.Errorf("%s with a byte too many: got %v, want %v", s.name, err, errAuth)
 		}
 	}
@@ -263,7 +264,7 @@ func TestBitFlips(t *testing.T) {
 			case at >= 4 && at < 8:
 				want = errKeyID
 			}
-			if err := s.open(k, frame); err != want {
+			if err := s.open(k, frame); !errors.Is(err, want) {
 				t.Fatalf("%s with bit %d of byte %d flipped: got %v, want %v", s.name, bit%8, bit/8, err, want)
 			}
 		}
@@ -281,35 +282,35 @@ func TestMoved(t *testing.T) {
 				continue
 			}
 			// As what it is, in the other's place.
-			if _, _, err := k.open(bytes.Clone(s.frame), at.subject, at.bind, s.kind); err != errAuth {
+			if _, _, err := k.open(bytes.Clone(s.frame), at.subject, at.bind, s.kind); !errors.Is(err, errAuth) {
 				t.Errorf("%s on the subject of %s: got %v, want %v", s.name, at.name, err, errAuth)
 			}
 			// As the other.
-			if err := at.open(k, s.frame); err != errType {
+			if err := at.open(k, s.frame); !errors.Is(err, errType) {
 				t.Errorf("%s as %s: got %v, want %v", s.name, at.name, err, errType)
 			}
 			frame := bytes.Clone(s.frame)
 			frame[1] = byte(at.kind)
-			if err := at.open(k, frame); err != errAuth {
+			if err := at.open(k, frame); !errors.Is(err, errAuth) {
 				t.Errorf("%s made into %s: got %v, want %v", s.name, at.name, err, errAuth)
 			}
 		}
-		if err := s.open(other, s.frame); err != errKeyID {
+		if err := s.open(other, s.frame); !errors.Is(err, errKeyID) {
 			t.Errorf("%s in another group: got %v, want %v", s.name, err, errKeyID)
 		}
 		frame := bytes.Clone(s.frame)
 		copy(frame[4:8], []byte{byte(other.s().kid >> 24), byte(other.s().kid >> 16), byte(other.s().kid >> 8), byte(other.s().kid)})
-		if err := s.open(other, frame); err != errAuth {
+		if err := s.open(other, frame); !errors.Is(err, errAuth) {
 			t.Errorf("%s in another group with its key id: got %v, want %v", s.name, err, errAuth)
 		}
 		moved := s
 		moved.subject += "x"
-		if err := moved.open(k, s.frame); err != errAuth {
+		if err := moved.open(k, s.frame); !errors.Is(err, errAuth) {
 			t.Errorf("%s of another writer: got %v, want %v", s.name, err, errAuth)
 		}
 		moved = s
 		moved.bind = append(slices.Clone(s.bind), 1)
-		if err := moved.open(k, s.frame); err != errAuth {
+		if err := moved.open(k, s.frame); !errors.Is(err, errAuth) {
 			t.Errorf("%s for another request: got %v, want %v", s.name, err, errAuth)
 		}
 	}
@@ -325,14 +326,17 @@ func TestUnreasonable(t *testing.T) {
 		h    header
 		body int
 	}{
-		"more counted than there":  {testHeader(kindUpdate, 1, 72, 2), 72},
-		"less counted than there":  {testHeader(kindUpdate, 1, 72, 1), 144},
-		"empty, but with a count":  {testHeader(kindUpdate, 1, 72, 1), 0},
-		"more records than agreed": {testHeader(kindUpdate, 1, 72, MaxRecords+1), 72 * (MaxRecords + 1)},
-		"many empty records":       {testHeader(kindUpdate, 1, 0, 0xffff), 0},
+		"more counted than there": {testHeader(kindUpdate, 1, 72, 2), 72},
+		"less counted than there": {testHeader(kindUpdate, 1, 72, 1), 144},
+		"empty, but with a count": {testHeader(kindUpdate, 1, 72, 1), 0},
 	} {
-		if _, _, err := open(tc.h, make([]byte, tc.body)); err != errMalformed {
+		if _, _, err := open(tc.h, make([]byte, tc.body)); !errors.Is(err, errMalformed) {
 			t.Errorf("%s: got %v, want %v", name, err, errMalformed)
+		}
+	}
+	if h, body, err := open(testHeader(kindUpdate, 1, 0, 0xffff), nil); err == nil {
+		if _, _, err := decodeRecords(h, body); !errors.Is(err, errMalformed) {
+			t.Errorf("many empty records: got %v", err)
 		}
 	}
 	for _, size := range []int{0, 1, wgroam.RecordSize - 1} {
@@ -340,7 +344,7 @@ func TestUnreasonable(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := decodeRecords(h, body); err != errMalformed {
+		if _, _, err := decodeRecords(h, body); !errors.Is(err, errMalformed) {
 			t.Errorf("records of %d bytes: got %v, want %v", size, err, errMalformed)
 		}
 	}
@@ -351,11 +355,11 @@ func TestUnreasonable(t *testing.T) {
 	}
 	beat := appendBeat(nil, Beat{Name: "gw-a"})
 	beat[23] = MaxName + 1
-	if _, err := decodeBeat(testHeader(kindBeat, 1, beatSize, 1), beat); err != errMalformed {
+	if _, err := decodeBeat(testHeader(kindBeat, 1, beatSize, 1), beat); !errors.Is(err, errMalformed) {
 		t.Errorf("beat with too long a name: got %v", err)
 	}
 	beat[23], beat[24] = 1, 0xff
-	if _, err := decodeBeat(testHeader(kindBeat, 1, beatSize, 1), beat); err != errMalformed {
+	if _, err := decodeBeat(testHeader(kindBeat, 1, beatSize, 1), beat); !errors.Is(err, errMalformed) {
 		t.Errorf("beat with a name that is no text: got %v", err)
 	}
 }
@@ -390,7 +394,7 @@ func FuzzRecords(f *testing.F) {
 	f.Add(appendRecords(nil, testRecords(2)), uint16(wgroam.RecordSize))
 	f.Add(make([]byte, 160), uint16(80))
 	f.Fuzz(func(t *testing.T, body []byte, size uint16) {
-		if size == 0 || len(body)%int(size) != 0 || len(body)/int(size) > MaxRecords {
+		if size == 0 || len(body)%int(size) != 0 || len(body)/int(size) > 0xffff {
 			return // open does not let it pass
 		}
 		n := len(body) / int(size)

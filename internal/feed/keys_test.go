@@ -126,7 +126,7 @@ func TestKeysHideThemselves(t *testing.T) {
 	for _, secret := range [][]byte{digest[:8], k.s().tls.Certificates[0].PrivateKey.(ed25519.PrivateKey)[:8]} {
 		for _, form := range []string{
 			string(secret), fmt.Sprintf("%x", secret), fmt.Sprintf("%X", secret),
-			strings.Trim(fmt.Sprint(secret), "[]"), strings.Trim(fmt.Sprintf("%#v", secret), "[]byte{}"),
+			strings.Trim(fmt.Sprintf("%d", secret), "[]"), strings.Trim(fmt.Sprintf("%#v", secret), "[]byte{}"),
 		} {
 			for _, o := range out {
 				if strings.Contains(o, form) {

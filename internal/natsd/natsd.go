@@ -72,7 +72,7 @@ func Start(ctx context.Context, listen string, log *slog.Logger) (*Server, error
 		// Otherwise it exits the process on signals.
 		NoSigs:        true,
 		MaxConn:       maxConns,
-		MaxSubs:       64,
+		MaxSubs:       1024,
 		MaxPayload:    1 << 20,
 		PingInterval:  2 * time.Second,
 		MaxPingsOut:   2,

@@ -76,7 +76,7 @@ func TestMembersOfAGroup(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer own.Close()
+		t.Cleanup(own.Close)
 		subject := "wgroam.v1." + k.Group() + ".u.1"
 		for _, pair := range [][2]*nats.Conn{{tcp, own}, {own, tcp}} {
 			sub, err := pair[1].SubscribeSync("wgroam.v1." + k.Group() + ".>")
