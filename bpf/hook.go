@@ -52,7 +52,7 @@ type Device struct {
 	Netns   uint32
 }
 
-// Event is one change of a peer's endpoint.
+// Event is one change of a peer's endpoint, or the confirmation of one.
 type Event struct {
 	Device Device
 	// InternalID names the peer within the life of the kernel module.
@@ -63,7 +63,13 @@ type Event struct {
 	Peer     wgroam.Key
 	Old, New netip.AddrPort
 	Cause    wgroam.Cause
+	// Confirmed: nothing has changed; a handshake has been completed, with the
+	// peer at New. Old and Cause are not set.
+	Confirmed bool
 }
+
+// causeConfirmed is CAUSE_CONFIRMED in peer.h.
+const causeConfirmed = 0x80
 
 // Hook is the attached kernel hook: an fentry program on
 // wg_socket_set_peer_endpoint. While it lives it pins the wireguard module.
@@ -107,7 +113,9 @@ func (h *Hook) load(spec *ebpf.CollectionSpec) error {
 		return fmt.Errorf("open ring buffer: %w", err)
 	}
 	// The helpers of the handshake first, so that no cause is missed.
-	for _, prog := range []*ebpf.Program{h.objs.HandshakeEnter, h.objs.HandshakeExit, h.objs.SetPeerEndpoint} {
+	for _, prog := range []*ebpf.Program{
+		h.objs.HandshakeEnter, h.objs.HandshakeExit, h.objs.HandshakeComplete, h.objs.SetPeerEndpoint,
+	} {
 		l, err := link.AttachTracing(link.TracingOptions{Program: prog})
 		if err != nil {
 			return fmt.Errorf("attach %v: %w", prog, err)
@@ -211,7 +219,7 @@ func decode(sample []byte) (*peerPeerEvent, error) {
 }
 
 func (r *peerPeerEvent) event() Event {
-	return Event{
+	e := Event{
 		Device:     Device{Ifindex: r.Ifindex, Netns: r.Netns},
 		InternalID: r.InternalId,
 		Boot:       time.Duration(r.BootNs),
@@ -220,6 +228,10 @@ func (r *peerPeerEvent) event() Event {
 		New:        r.NewEndpoint.addrPort(),
 		Cause:      wgroam.Cause(r.Cause),
 	}
+	if r.Cause == causeConfirmed {
+		e.Cause, e.Confirmed = 0, true
+	}
+	return e
 }
 
 func (e *peerPeerEndpoint) addrPort() netip.AddrPort {

@@ -128,13 +128,43 @@ static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint
 	return hs->type == MESSAGE_HANDSHAKE_RESPONSE ? CAUSE_RESPONSE : CAUSE_INITIATION;
 }
 
+/* Fills in what all events of a peer have in common. False: nobody asked for
+ * its device, which is another namespace's or another daemon's. */
+static __always_inline bool begin_event(struct peer_event *event, struct wg_peer *peer)
+{
+	struct net_device *dev = peer->device->dev;
+	struct device_id id = {
+		.ifindex = dev->ifindex,
+		.netns = dev->nd_net.net->ns.inum,
+	};
+	const __u64 *key;
+
+	if (!bpf_map_lookup_elem(&devices, &id))
+		return false;
+
+	event->internal_id = peer->internal_id;
+	event->boot_ns = bpf_ktime_get_boot_ns();
+	event->ifindex = id.ifindex;
+	event->netns = id.netns;
+	/* Plain loads instead of a helper: they work under lockdown as well. */
+	key = (const __u64 *)peer->handshake.remote_static;
+	((__u64 *)event->public_key)[0] = key[0];
+	((__u64 *)event->public_key)[1] = key[1];
+	((__u64 *)event->public_key)[2] = key[2];
+	((__u64 *)event->public_key)[3] = key[3];
+	return true;
+}
+
+static __always_inline void send_event(struct peer_event *event)
+{
+	if (bpf_ringbuf_output(&events, event, sizeof(*event), 0))
+		__sync_fetch_and_add(&events_lost, 1);
+}
+
 SEC("fentry/wg_socket_set_peer_endpoint")
 int BPF_PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *endpoint)
 {
 	struct peer_event event = {};
-	struct net_device *dev;
-	struct device_id id;
-	const __u64 *key;
 
 	/* Not a roam. Every authenticated data packet of a peer that stays
 	 * where it is ends here: no map, no helper. A change of our own local
@@ -142,31 +172,33 @@ int BPF_PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *end
 	if (same_address(&peer->endpoint, endpoint))
 		return 0;
 
-	dev = peer->device->dev;
-	id.ifindex = dev->ifindex;
-	id.netns = dev->nd_net.net->ns.inum;
-	/* Nobody asked for this device: another namespace's, another daemon's. */
-	if (!bpf_map_lookup_elem(&devices, &id))
+	/* Not our device. */
+	if (!begin_event(&event, peer))
 		return 0;
-
-	event.internal_id = peer->internal_id;
-	event.boot_ns = bpf_ktime_get_boot_ns();
-	event.ifindex = id.ifindex;
-	event.netns = id.netns;
 	event.cause = cause_of(peer, endpoint);
 	copy_endpoint(&event.old_endpoint, &peer->endpoint);
 	copy_endpoint(&event.new_endpoint, endpoint);
-	/* Plain loads instead of a helper: they work under lockdown as well. */
-	key = (const __u64 *)peer->handshake.remote_static;
-	((__u64 *)event.public_key)[0] = key[0];
-	((__u64 *)event.public_key)[1] = key[1];
-	((__u64 *)event.public_key)[2] = key[2];
-	((__u64 *)event.public_key)[3] = key[3];
 
 	/* The map first: whoever is told of a lost event must find it there. */
 	bpf_map_update_elem(&latest, &event.internal_id, &event, BPF_ANY);
-	if (bpf_ringbuf_output(&events, &event, sizeof(event), 0))
-		__sync_fetch_and_add(&events_lost, 1);
+	send_event(&event);
+	return 0;
+}
+
+/* The end of a handshake, which proves that its beginning was not a replay. The
+ * kernel takes the endpoint of the packet before it comes here (receive.c:343,
+ * wg_packet_consume_data_done, and 172). */
+SEC("fentry/wg_timers_handshake_complete")
+int BPF_PROG(handshake_complete, struct wg_peer *peer)
+{
+	struct peer_event event = {};
+
+	/* Not our device. */
+	if (!begin_event(&event, peer))
+		return 0;
+	event.cause = CAUSE_CONFIRMED;
+	copy_endpoint(&event.new_endpoint, &peer->endpoint);
+	send_event(&event);
 	return 0;
 }
 

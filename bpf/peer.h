@@ -12,6 +12,8 @@ enum peer_cause {
 	CAUSE_RESPONSE = 2,
 	CAUSE_INITIATION = 3,
 	CAUSE_CONFIG = 4,
+	/* Not a change: the peer's handshake has been completed at new_endpoint. */
+	CAUSE_CONFIRMED = 0x80,
 };
 
 /* An outer address as WireGuard keeps it. */

@@ -44,14 +44,15 @@ type peerPeerEvent struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	peerMapDevices          = "devices"
-	peerMapEvents           = "events"
-	peerMapHandshakes       = "handshakes"
-	peerMapLatest           = "latest"
-	peerProgHandshakeEnter  = "handshake_enter"
-	peerProgHandshakeExit   = "handshake_exit"
-	peerProgSetPeerEndpoint = "set_peer_endpoint"
-	peerVarEventsLost       = "events_lost"
+	peerMapDevices            = "devices"
+	peerMapEvents             = "events"
+	peerMapHandshakes         = "handshakes"
+	peerMapLatest             = "latest"
+	peerProgHandshakeComplete = "handshake_complete"
+	peerProgHandshakeEnter    = "handshake_enter"
+	peerProgHandshakeExit     = "handshake_exit"
+	peerProgSetPeerEndpoint   = "set_peer_endpoint"
+	peerVarEventsLost         = "events_lost"
 )
 
 // loadPeer returns the embedded CollectionSpec for peer.
@@ -96,9 +97,10 @@ type peerSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type peerProgramSpecs struct {
-	HandshakeEnter  *ebpf.ProgramSpec `ebpf:"handshake_enter"`
-	HandshakeExit   *ebpf.ProgramSpec `ebpf:"handshake_exit"`
-	SetPeerEndpoint *ebpf.ProgramSpec `ebpf:"set_peer_endpoint"`
+	HandshakeComplete *ebpf.ProgramSpec `ebpf:"handshake_complete"`
+	HandshakeEnter    *ebpf.ProgramSpec `ebpf:"handshake_enter"`
+	HandshakeExit     *ebpf.ProgramSpec `ebpf:"handshake_exit"`
+	SetPeerEndpoint   *ebpf.ProgramSpec `ebpf:"set_peer_endpoint"`
 }
 
 // peerMapSpecs contains maps before they are loaded into the kernel.
@@ -164,13 +166,15 @@ type peerVariables struct {
 //
 // It can be passed to loadPeerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type peerPrograms struct {
-	HandshakeEnter  *ebpf.Program `ebpf:"handshake_enter"`
-	HandshakeExit   *ebpf.Program `ebpf:"handshake_exit"`
-	SetPeerEndpoint *ebpf.Program `ebpf:"set_peer_endpoint"`
+	HandshakeComplete *ebpf.Program `ebpf:"handshake_complete"`
+	HandshakeEnter    *ebpf.Program `ebpf:"handshake_enter"`
+	HandshakeExit     *ebpf.Program `ebpf:"handshake_exit"`
+	SetPeerEndpoint   *ebpf.Program `ebpf:"set_peer_endpoint"`
 }
 
 func (p *peerPrograms) Close() error {
 	return _PeerClose(
+		p.HandshakeComplete,
 		p.HandshakeEnter,
 		p.HandshakeExit,
 		p.SetPeerEndpoint,

@@ -53,9 +53,16 @@ type Config struct {
 	WG     *wg.Client
 	// View is kept equal to the device.
 	View *wgroam.View
-	// Emit is called for every change of an endpoint, in order per peer, and
-	// must not wait for anything. The View has the change already.
-	Emit func(wgroam.Observation)
+	// Changed is called for every change of an endpoint, in order per peer. The
+	// View has the change already.
+	Changed func(wgroam.Observation)
+	// Proven is called for an observation that is evidence of where the peer is:
+	// with most causes right after Changed. A handshake initiation can be a
+	// replay, on a node that has not heard of the peer before, and is proven
+	// when the handshake has been completed.
+	//
+	// Neither function may wait for anything.
+	Proven func(wgroam.Observation)
 	// Poll is the interval of the polling rung.
 	Poll time.Duration
 	// Sweep is the interval of the safety net.
@@ -94,7 +101,9 @@ type Tracker struct {
 type peer struct {
 	endpoint netip.AddrPort
 	boot     time.Duration // of the newest event
-	received int64         // bytes, in the newest dump
+	// pending is the newest observation while it is not proven; nil if it is.
+	pending  *wgroam.Observation
+	received int64 // bytes, in the newest dump
 }
 
 // New returns a Tracker. Nothing happens before Start.
@@ -206,6 +215,12 @@ func (t *Tracker) event(e bpf.Event) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	p := t.peers[e.Peer]
+	if e.Confirmed {
+		if p != nil && p.pending != nil && p.pending.New == e.New {
+			t.prove(p)
+		}
+		return
+	}
 	if p == nil {
 		p = &peer{endpoint: e.Old}
 		t.peers[e.Peer] = p
@@ -233,7 +248,7 @@ func (t *Tracker) event(e bpf.Event) {
 	old := p.endpoint
 	p.endpoint = e.New
 	t.status.Events++
-	t.tell(wgroam.Observation{
+	t.tell(p, wgroam.Observation{
 		Peer: e.Peer, Old: old, New: e.New, Cause: e.Cause,
 		At: now.Add(e.Boot - boot),
 	})
@@ -245,6 +260,8 @@ func (t *Tracker) lost() {
 	t.mu.Lock()
 	t.status.Resyncs++
 	t.mu.Unlock()
+	// Confirmations are not delivered again.
+	t.wantDump()
 	t.cfg.Log.Warn("the kernel had more endpoint changes than the ring buffer could hold; "+
 		"taking the newest of each peer", "device", t.cfg.Device)
 }
@@ -265,9 +282,22 @@ func (t *Tracker) wantDump() {
 
 // tell is called with t.mu held, so that dumps and events of a peer are told in
 // the order in which they were put.
-func (t *Tracker) tell(o wgroam.Observation) {
+func (t *Tracker) tell(p *peer, o wgroam.Observation) {
 	t.cfg.View.Set(o.Peer, wgroam.Holding{Endpoint: o.New, Cause: o.Cause, At: o.At})
-	t.cfg.Emit(o)
+	t.cfg.Changed(o)
+	p.pending = nil
+	switch {
+	case o.Cause == wgroam.CauseInitiation:
+		p.pending = &o
+	case o.Cause.Observed():
+		t.cfg.Proven(o)
+	}
+}
+
+func (t *Tracker) prove(p *peer) {
+	o := *p.pending
+	p.pending = nil
+	t.cfg.Proven(o)
 }
 
 type dumpReason int
@@ -314,6 +344,10 @@ func (t *Tracker) dump(why dumpReason) error {
 			t.peers[dp.Key] = p
 		}
 		spoke := dp.Received > p.received
+		if p.pending != nil && p.pending.New == dp.Endpoint && dp.LastHandshake.After(p.pending.At) {
+			// The confirmation was lost.
+			t.prove(p)
+		}
 		if p.boot >= start {
 			// An event came while the device was being read: it is newer.
 			p.received = dp.Received
@@ -373,7 +407,7 @@ func (t *Tracker) dump(why dumpReason) error {
 				t.status.SweepRepairs++
 			}
 		}
-		t.tell(o)
+		t.tell(p, o)
 	}
 	for k := range t.peers {
 		if !present[k] {

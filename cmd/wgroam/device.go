@@ -203,20 +203,19 @@ func (d *device) wire(link wg.Link, keys feed.Keys) (*session, error) {
 	s.tracker = tracker.New(tracker.Config{
 		Device: link.Name, Ifindex: link.Ifindex, Netns: d.d.netns,
 		Kernel: d.d.kernel, WG: d.d.wg, View: s.view,
-		Emit: func(o wgroam.Observation) { d.observed(s, o) },
-		Poll: d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
+		Changed: func(o wgroam.Observation) {
+			if isChange(o) {
+				d.d.events.Publish(control.NewEvent(d.cfg.Name, o, time.Now()))
+			}
+		},
+		Proven: func(o wgroam.Observation) { d.record(s, o) },
+		Poll:   d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
 	})
 	return s, nil
 }
 
-// observed turns what the local device has learned into a record for the others.
-func (d *device) observed(s *session, o wgroam.Observation) {
-	if isChange(o) {
-		d.d.events.Publish(control.NewEvent(d.cfg.Name, o, time.Now()))
-	}
-	if !o.Cause.Observed() {
-		return // a configured endpoint is nobody's observation, least of all our applier's
-	}
+// record turns what the local device has learned into a record for the others.
+func (d *device) record(s *session, o wgroam.Observation) {
 	if err := wgroam.CheckEndpoint(o.New); err != nil {
 		d.log.Warn("an endpoint that other nodes cannot use stays here", "peer", o.Peer, "err", err)
 		return

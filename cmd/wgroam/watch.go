@@ -110,7 +110,8 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 			Device: link.Name, Ifindex: link.Ifindex, Netns: netns,
 			Kernel: &kernel, WG: client, View: wgroam.NewView(),
 			Poll: defaultPoll, Sweep: defaultSweep, Log: e.log,
-			Emit: func(o wgroam.Observation) {
+			Proven: func(wgroam.Observation) {},
+			Changed: func(o wgroam.Observation) {
 				if !isChange(o) {
 					return
 				}
