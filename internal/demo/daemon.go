@@ -88,17 +88,15 @@ func (s *show) startDaemon(g, other *lab.Gateway, role string) (*daemon, error) 
 	}
 	s.wg.Go(func() {
 		d.err = d.cmd.Wait()
-		close(d.ended)
 		select {
 		case <-d.stopping:
 		default:
-			s.fail(fmt.Errorf("the daemon on gateway %s ended: %w", g.Name, errors.Join(d.err, errEnded)))
+			s.fail(fmt.Errorf("the daemon on gateway %s ended by itself: %v", g.Name, d.cmd.ProcessState))
 		}
+		close(d.ended)
 	})
 	return d, nil
 }
-
-var errEnded = errors.New("nobody had told it to")
 
 // stop ends the daemon in order. It returns an error when that takes force.
 func (d *daemon) stop() error {
@@ -167,7 +165,12 @@ func (s *show) follow(ctx context.Context, d *daemon) error {
 			d.seen.add(e)
 			return nil
 		})
-		s.fail(fmt.Errorf("watch gateway %s: %w", d.gateway.Name, err))
+		select {
+		case <-ctx.Done():
+		case <-d.ended: // that is the reason
+		case <-time.After(time.Second):
+			s.fail(fmt.Errorf("watch gateway %s: %w", d.gateway.Name, err))
+		}
 	})
 	select {
 	case <-ready:
@@ -205,18 +208,10 @@ func (s *sightings) len() int {
 // ones, or ctx.Err().
 func (s *sightings) wait(ctx context.Context, from int, match func(control.Event) bool) (control.Event, error) {
 	for {
-		s.mu.Lock()
-		for ; from < len(s.events); from++ {
-			if match(s.events[from]) {
-				defer s.mu.Unlock()
-				return s.events[from], nil
-			}
+		e, more := s.find(&from, match)
+		if more == nil {
+			return e, nil
 		}
-		if s.more == nil {
-			s.more = make(chan struct{})
-		}
-		more := s.more
-		s.mu.Unlock()
 		select {
 		case <-more:
 		case <-ctx.Done():
@@ -225,26 +220,48 @@ func (s *sightings) wait(ctx context.Context, from int, match func(control.Event
 	}
 }
 
+// find looks at the events from the given one on, and moves that. Without a
+// match it returns a channel that is closed when there are more.
+func (s *sightings) find(from *int, match func(control.Event) bool) (control.Event, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ; *from < len(s.events); *from++ {
+		if match(s.events[*from]) {
+			return s.events[*from], nil
+		}
+	}
+	if s.more == nil {
+		s.more = make(chan struct{})
+	}
+	return control.Event{}, s.more
+}
+
 // readEvery is how often readDevices looks.
 const readEvery = time.Millisecond
 
-// readDevices adds the changes of a peer's endpoint in the devices of two
-// gateways, with the time when they were first read, until ctx ends. One reads
-// both, so that the first is not seen after the second because the machine is
-// busy. last is the endpoint before.
-func readDevices(ctx context.Context, gateways [2]*lab.Gateway, peer wgroam.Key, last netip.AddrPort, to [2]*sightings) error {
+// readDevices adds the changes of a peer's endpoint in the devices of the active
+// and the standby, until ctx ends. last is the endpoint before. The time of a
+// change is that of the round in which it was first read. A round reads the
+// standby first, so that what the standby has is never new on the active later.
+func readDevices(ctx context.Context, active, standby *lab.Gateway, peer wgroam.Key, last netip.AddrPort, onActive, onStandby *sightings) error {
 	tick := time.NewTicker(readEvery)
 	defer tick.Stop()
-	held := [2]netip.AddrPort{last, last}
+	devices := []struct {
+		gateway *lab.Gateway
+		held    netip.AddrPort
+		to      *sightings
+	}{{standby, last, onStandby}, {active, last, onActive}}
 	for {
-		for i, g := range gateways {
-			ep, err := g.Endpoint(peer)
+		now := time.Now()
+		for i := range devices {
+			d := &devices[i]
+			ep, err := d.gateway.Endpoint(peer)
 			if err != nil {
 				return err
 			}
-			if ep != held[i] {
-				to[i].add(control.Event{Time: time.Now(), Peer: peer, Old: held[i], New: ep})
-				held[i] = ep
+			if ep != d.held {
+				d.to.add(control.Event{Time: now, Peer: peer, Old: d.held, New: ep})
+				d.held = ep
 			}
 		}
 		select {

@@ -30,6 +30,8 @@ const (
 	// be had. Packets come every 10 ms: a multiple of that would make every roam
 	// wait for the same time.
 	poll = 19 * time.Millisecond
+	// clients of each lab: one that sends and one that is silent.
+	clients = 2
 	// pace lets people see one roam before the next begins.
 	pace = 700 * time.Millisecond
 	// patience is for what takes milliseconds, on machines that are very slow.
@@ -193,7 +195,7 @@ func (s *show) run(ctx context.Context) error {
 	if err := s.failover(ctx); err != nil {
 		return err
 	}
-	s.summary()
+	s.screen.print(s.summaryRows()...)
 	return s.verdict()
 }
 
@@ -235,7 +237,7 @@ func (s *show) setUp(ctx context.Context) error {
 // newSide makes a lab whose clients have a session with a. The standby is as an
 // operator leaves it: its link is down, and its peers have a keepalive.
 func newSide(ctx context.Context) (*side, error) {
-	l, err := lab.New(ctx, lab.Config{Clients: 2})
+	l, err := lab.New(ctx, lab.Config{Clients: clients})
 	if err != nil {
 		return nil, err
 	}
@@ -408,7 +410,7 @@ func (s *show) roam(ctx context.Context, what string, move func() (netip.AddrPor
 		deviceA, deviceH, fromH = new(sightings), new(sightings), 0
 		var g errgroup.Group
 		g.Go(func() error {
-			return readDevices(reading, [2]*lab.Gateway{s.with.active(), s.with.standby()}, client.Key(), r.Old, [2]*sightings{deviceA, deviceH})
+			return readDevices(reading, s.with.active(), s.with.standby(), client.Key(), r.Old, deviceA, deviceH)
 		})
 		defer func() { _ = g.Wait() }() // what they miss has not arrived
 		defer stop()
@@ -534,8 +536,6 @@ func (s *show) failover(ctx context.Context) error {
 
 // allFlow waits until every flow has run for a while.
 func (s *show) allFlow(ctx context.Context) error {
-	tick := time.NewTicker(frame)
-	defer tick.Stop()
 	for _, side := range []*side{s.with, s.without} {
 		// Also the client that is silent has moved by now: without wgroam the
 		// standby cannot know.

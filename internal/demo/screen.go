@@ -62,7 +62,8 @@ func (s *Screen) draw(lines ...string) {
 func (s *Screen) write(lines []string) {
 	var b strings.Builder
 	if s.drawn > 0 {
-		fmt.Fprintf(&b, "\x1b[%dA\x1b[J", s.drawn)
+		// The cursor may be behind what the terminal echoed, such as ^C.
+		fmt.Fprintf(&b, "\r\x1b[%dA\x1b[J", s.drawn)
 	}
 	for _, l := range lines {
 		b.WriteString(l + "\n")

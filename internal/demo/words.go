@@ -15,12 +15,12 @@ const frame = 100 * time.Millisecond
 const (
 	title         = "wgroam demo: gateways a (active) and h (standby) with one key and virtual IP"
 	roamsTitle    = "1. The client roams, sending a packet every 10 ms; h's link is down"
-	outageMethod  = "from the cut until a packet sent after it arrives at the client; one is sent every 10 ms"
+	outageMethod  = "from the cut, with no time to detect it, until a packet sent after it arrives; one is sent every 10 ms"
 	failoverTitle = "2. Gateway a crashes: two labs, the same moment, with wgroam and without"
-	failoverText  = "By hand, alike in both, as an operator's script does it (this version has no failover verb): " +
-		"the virtual IP goes to h, h's link comes up, and its keepalives call the clients it knows. " +
-		"A client that sends misses a by itself after 15 s, a silent one does not. " +
-		"Outage: " + outageMethod + ". # is half a second with packets."
+	failoverText  = "By hand, alike in both, as an operator's script would (there is no failover verb yet): " +
+		"the virtual IP goes to h, h's link comes up, its keepalives call the clients it knows. " +
+		"A client that sends notices by itself after 15 s, a silent one never does. " +
+		"Outage: " + outageMethod + ". # = packets in 0.5 s."
 )
 
 // describe says what the numbers of this machine are worth.
@@ -43,22 +43,25 @@ func (s *show) roamsHeader() string {
 }
 
 func (s *show) roamRow(r Roam) string {
-	has := s.screen.paint(green, fmt.Sprintf("%8s", millis(r.LatencyUS)))
+	has := s.screen.paint(green, fmt.Sprintf("%8s", s.number(r.LatencyUS)+" ms"))
 	if !r.Arrived {
 		has = s.screen.paint(red, "   never")
 	}
 	return fmt.Sprintf("  %-8s %-21s %-24s %-10s %s", r.What, r.Old, "-> "+r.New.String(), r.Cause, has)
 }
 
-// number prints microseconds as milliseconds.
-func number(us int64) string {
-	if us < 10_000 {
+// number prints a latency in milliseconds, as exactly as it was measured.
+func (s *show) number(us int64) string {
+	switch {
+	case !s.hooked && us < 1000:
+		return "<1"
+	case !s.hooked:
+		return fmt.Sprintf("%.0f", float64(us)/1000)
+	case us < 10_000:
 		return fmt.Sprintf("%.2f", float64(us)/1000)
 	}
 	return fmt.Sprintf("%.1f", float64(us)/1000)
 }
-
-func millis(us int64) string { return number(us) + " ms" }
 
 func (s *show) traffic() string {
 	sent, arrived := s.with.sends.count()
@@ -67,7 +70,7 @@ func (s *show) traffic() string {
 
 func (s *show) latencyMethod() string {
 	if s.hooked {
-		return "from a's kernel taking the endpoint to h's kernel taking it, both stamped by the hook"
+		return "from a's kernel taking the endpoint to h's doing so, both stamped by the hook"
 	}
 	return "from a's device showing the endpoint to h's device showing it, both read every ms; " +
 		"up to " + pollText + " of it is a's daemon waiting to poll"
@@ -76,7 +79,7 @@ func (s *show) latencyMethod() string {
 func (s *show) roamsResult() []string {
 	text := fmt.Sprintf("%d of %d roams arrived in h's device", s.arrived(), len(s.sum.Roams))
 	if l := s.sum.Latency; l != nil {
-		text += fmt.Sprintf(", after %s to %s, median %s: %s", millis(l.MinUS), millis(l.MaxUS), millis(l.MedianUS), l.Method)
+		text += fmt.Sprintf(" after %s to %s ms, median %s ms: %s", s.number(l.MinUS), s.number(l.MaxUS), s.number(l.MedianUS), l.Method)
 	}
 	return wrap(text + ".")
 }
@@ -136,7 +139,7 @@ func (s *show) paintStrip(strip string) string {
 	return b.String()
 }
 
-func (s *show) summary() {
+func (s *show) summaryRows() []string {
 	row := func(what, with, without string) string {
 		return strings.TrimRight(fmt.Sprintf("  %-27s %-26s %s", what, with, without), " ")
 	}
@@ -147,14 +150,17 @@ func (s *show) summary() {
 		return seconds(time.Duration(o.OutageMS * float64(time.Millisecond)))
 	}
 	l, f := s.sum.Latency, s.sum.Failover
-	known := func(o Outcome) string { return fmt.Sprintf("%d of %d", o.Known, len(s.with.lab.Clients)) }
-	s.screen.print("", s.screen.paint(bold, row("Summary", "with wgroam", "without")),
+	known := func(o Outcome) string { return fmt.Sprintf("%d of %d", o.Known, clients) }
+	return []string{
+		"",
+		s.screen.paint(bold, row("Summary", "with wgroam", "without")),
 		row("roams in h's device", fmt.Sprintf("%d of %d", s.arrived(), len(s.sum.Roams)), "-"),
-		row("  min / median / max", fmt.Sprintf("%s / %s / %s ms", number(l.MinUS), number(l.MedianUS), number(l.MaxUS)), "-"),
+		row("  min / median / max", fmt.Sprintf("%s / %s / %s ms", s.number(l.MinUS), s.number(l.MedianUS), s.number(l.MaxUS)), "-"),
 		row("clients known to h at crash", known(f.With), known(f.Without)),
 		row("outage, client that sends", outage(f.With.Sends), outage(f.Without.Sends)),
 		row("outage, silent client", outage(f.With.Silent), outage(f.Without.Silent)),
-		row("WireGuard", s.sum.WireGuard+", Linux "+s.sum.Kernel, ""))
+		row("WireGuard", s.sum.WireGuard+", Linux "+s.sum.Kernel, ""),
+	}
 }
 
 // logRows returns the end of a log.
