@@ -264,21 +264,32 @@ func explain(err error) error {
 	// The ids of BTF objects can be listed with CAP_SYS_ADMIN only, and without
 	// them a function of a module is "not found" (cilium/ebpf prog.go).
 	if missing := missingCaps(unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYS_ADMIN); missing != "" {
-		return fmt.Errorf("%w: the kernel hook needs %s: run as root or grant it: %w", ErrPrivilege, missing, err)
+		return &attachError{ErrPrivilege, "the kernel hook needs " + missing + ": run as root or grant it", err}
 	}
 	if !exists("/sys/kernel/btf/vmlinux") {
-		return fmt.Errorf("%w: it has no BTF (CONFIG_DEBUG_INFO_BTF): %w", ErrUnsupported, err)
+		return &attachError{ErrUnsupported, "it has no BTF (CONFIG_DEBUG_INFO_BTF)", err}
 	}
 	// Both a module and built-in code show here (module/main.c, kernel/params.c),
 	// the latter because WireGuard has a module version.
 	if !exists("/sys/module/wireguard") {
-		return fmt.Errorf("%w: load it (modprobe wireguard) if this host uses kernel WireGuard: %w", ErrNoModule, err)
+		return &attachError{ErrNoModule, "load it (modprobe wireguard) if this host uses kernel WireGuard", err}
 	}
 	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, errNotSupp) {
-		return fmt.Errorf("%w: fentry on wg_socket_set_peer_endpoint needs BTF of modules (5.11) and, on arm64, Linux 6.4: %w", ErrUnsupported, err)
+		return &attachError{ErrUnsupported, "fentry on a function of WireGuard needs BTF of modules (Linux 5.11) and, on arm64, Linux 6.4", err}
 	}
 	return err
 }
+
+// attachError is the reason for an error, in the place of what the library and
+// the kernel made of it. That is to be had by errors.As.
+type attachError struct {
+	kind  error
+	text  string
+	cause error
+}
+
+func (e *attachError) Error() string   { return e.kind.Error() + ": " + e.text }
+func (e *attachError) Unwrap() []error { return []error{e.kind, e.cause} }
 
 // errNotSupp is ENOTSUPP, which the kernel keeps to itself but returns from
 // trampolines that an architecture lacks. It has no name in user space.

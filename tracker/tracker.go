@@ -104,6 +104,9 @@ type peer struct {
 	// pending is the newest observation while it is not proven; nil if it is.
 	pending  *wgroam.Observation
 	received int64 // bytes, in the newest dump
+	// With polling: an endpoint that the newest dump showed for the first time,
+	// without a byte received that could have brought it.
+	unexplained netip.AddrPort
 }
 
 // New returns a Tracker. Nothing happens before Start.
@@ -376,6 +379,12 @@ func (t *Tracker) dump(why dumpReason) error {
 		if seen && !moved {
 			// The View knows of a write that has not happened.
 			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig, At: now})
+			continue
+		}
+		if t.status.Rung == RungPolling && why != dumpStart && !spoke && p.unexplained != dp.Endpoint {
+			// WireGuard takes the endpoint of a packet before it counts its bytes
+			// (receive.c, wg_packet_consume_data_done). The next dump knows.
+			p.unexplained = dp.Endpoint
 			continue
 		}
 		o := wgroam.Observation{Peer: dp.Key, Old: p.endpoint, New: dp.Endpoint}
