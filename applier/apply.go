@@ -12,6 +12,7 @@ package applier
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"sync"
@@ -68,6 +69,7 @@ type Status struct {
 // written is what the Applier last wrote for a peer, or found in the device.
 type written struct {
 	version  wgroam.Version
+	since    time.Time      // when that version was new to us
 	endpoint netip.AddrPort // zero unless it was written here
 }
 
@@ -96,7 +98,9 @@ func New(cfg Config) *Applier {
 // Run applies until ctx ends.
 func (a *Applier) Run(ctx context.Context) {
 	var (
-		failed []wgroam.Key
+		// What could not be written waits for the retry, or for news: the write
+		// itself and its failure change the View, which is no reason to try again.
+		failed = make(map[wgroam.Key]wgroam.Version)
 		delay  = retryFirst
 		retry  <-chan time.Time
 	)
@@ -107,29 +111,28 @@ func (a *Applier) Run(ctx context.Context) {
 		case <-a.changes.Ready():
 		case <-retry:
 			retry = nil
-			for _, k := range failed {
+			for k := range failed {
 				a.changes.Mark(k)
 			}
-			failed = nil
+			clear(failed)
 			continue
 		}
-		errs := a.apply(a.batch())
-		if len(errs) == 0 {
-			if failed == nil {
-				delay = retryFirst
-			}
-			continue
+		for _, r := range a.apply(a.batch(failed)) {
+			failed[r.Peer] = r.Version
 		}
-		failed = append(failed, errs...)
-		if retry == nil {
+		switch {
+		case len(failed) > 0 && retry == nil:
 			retry = time.After(delay)
 			delay = min(2*delay, retryMost)
+		case len(failed) == 0 && a.changes.Len() == 0:
+			delay = retryFirst
 		}
 	}
 }
 
-// batch returns the next endpoints to write, at most wg.ChunkPeers.
-func (a *Applier) batch() []wgroam.Record {
+// batch returns the next endpoints to write, at most wg.ChunkPeers, but for
+// those that have failed.
+func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) []wgroam.Record {
 	var out []wgroam.Record
 	for len(out) < wg.ChunkPeers {
 		keys := a.changes.Take(wg.ChunkPeers - len(out))
@@ -137,7 +140,8 @@ func (a *Applier) batch() []wgroam.Record {
 			break
 		}
 		for _, k := range keys {
-			if r, state := a.decide(k); state == StateNo {
+			r, state := a.decide(k)
+			if v, tried := failed[k]; state == StateNo && (!tried || v != r.Version) {
 				out = append(out, r)
 			}
 		}
@@ -162,12 +166,16 @@ func (a *Applier) decide(k wgroam.Key) (wgroam.Record, State) {
 	if held.Endpoint == r.Endpoint {
 		// Writing it again would make the kernel forget the local address that
 		// it learned for the peer.
-		a.peers[k] = written{r.Version, last.endpoint}
+		if r.Version != last.version {
+			a.peers[k] = written{r.Version, time.Now(), last.endpoint}
+		}
 		return r, StateYes
 	}
 	switch {
 	case r.Version.Compare(last.version) > 0:
 		return r, StateNo // news
+	case held.At.Before(last.since):
+		return r, StateNo // was on its way to us when the record came
 	case !held.Endpoint.IsValid():
 		return r, StateNo // removed and added again
 	case held.Cause == wgroam.CauseConfig && held.Endpoint == last.endpoint:
@@ -177,8 +185,8 @@ func (a *Applier) decide(k wgroam.Key) (wgroam.Record, State) {
 	return r, StateOverridden
 }
 
-// apply writes the endpoints of records and returns the peers that failed.
-func (a *Applier) apply(records []wgroam.Record) []wgroam.Key {
+// apply writes the endpoints of records and returns those that failed.
+func (a *Applier) apply(records []wgroam.Record) []wgroam.Record {
 	if len(records) == 0 {
 		return nil
 	}
@@ -186,13 +194,16 @@ func (a *Applier) apply(records []wgroam.Record) []wgroam.Key {
 	if err == nil {
 		return nil
 	}
-	if len(records) == 1 {
-		a.cfg.Log.Error("cannot write endpoint", "device", a.cfg.Name, "peer", records[0].Peer, "err", err)
-		return []wgroam.Key{records[0].Peer}
+	if len(records) == 1 || errors.Is(err, wg.ErrNoDevice) || errors.Is(err, wg.ErrPrivilege) {
+		a.mu.Lock()
+		a.status.Errors += uint64(len(records))
+		a.mu.Unlock()
+		a.cfg.Log.Error("cannot write endpoints", "device", a.cfg.Name, "peers", len(records), "first", records[0].Peer, "err", err)
+		return records
 	}
 	// One bad peer makes the kernel drop all that follow it in the message:
 	// write them one by one.
-	var failed []wgroam.Key
+	var failed []wgroam.Record
 	for _, r := range records {
 		failed = append(failed, a.apply([]wgroam.Record{r})...)
 	}
@@ -206,7 +217,7 @@ func (a *Applier) write(records []wgroam.Record) error {
 	a.mu.Lock()
 	for i, r := range records {
 		eps[i] = wg.Endpoint{Peer: r.Peer, Endpoint: r.Endpoint}
-		a.peers[r.Peer] = written{r.Version, r.Endpoint}
+		a.peers[r.Peer] = written{r.Version, now, r.Endpoint}
 	}
 	a.mu.Unlock()
 	for i, r := range records {
@@ -223,12 +234,12 @@ func (a *Applier) write(records []wgroam.Record) error {
 		a.status.Applied += uint64(len(records))
 		return nil
 	}
-	if len(records) == 1 {
-		a.status.Errors++
-	}
 	for i, r := range records {
 		delete(a.peers, r.Peer)
-		a.cfg.View.Set(r.Peer, before[i])
+		// Unless the device has learned something else meanwhile.
+		if held, _ := a.cfg.View.Get(r.Peer); held.Endpoint == r.Endpoint && held.At.Equal(now) {
+			a.cfg.View.Set(r.Peer, before[i])
+		}
 	}
 	return err
 }

@@ -22,6 +22,9 @@ const (
 	// churnSync is how often tables that never stand still are compared. Gaps
 	// are noticed at once in any case.
 	churnSync = 5 * time.Second
+	// futileFor is how long an answer that had nothing new is believed: what
+	// was refused may be welcome later, such as a record from the future.
+	futileFor = time.Minute
 	// skewAlarm is the difference between two clocks that is worth a warning.
 	// WireGuard peers ignore handshakes from a clock that is behind.
 	skewAlarm = time.Second
@@ -67,7 +70,7 @@ type Node struct {
 	Role    feed.Role
 	State   NodeState
 	Heard   time.Time
-	Skew    time.Duration // its clock minus ours, with the time that the beat took
+	Skew    time.Duration // its clock minus ours
 	Records int
 }
 
@@ -95,10 +98,23 @@ type node struct {
 	want      bool      // ask it
 	asking    bool
 	asked     time.Time
-	// The digests after an answer: while they stay the same, asking again gives
-	// the same answer.
+	askedAt   uint64 // the digest of its beat then
+	// The digests around an answer that had nothing new: while they stay the
+	// same, asking again gives the same answer.
 	futile [2]uint64
+
+	skews  [16]time.Duration // of the newest beats, in no order
+	beats  int
 	skewed bool
+}
+
+// skew is the difference between the other node's clock and ours. What a beat
+// shows is less by the time that it took, so the largest is the best.
+func (n *node) skew() time.Duration {
+	if n.beats == 0 {
+		return 0
+	}
+	return slices.Max(n.skews[:min(n.beats, len(n.skews))])
 }
 
 // NewMerger returns a Merger. Update, Beat and Up are to be registered with the
@@ -120,6 +136,9 @@ func (m *Merger) Update(u feed.Update) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n := m.node(u.Header)
+	if u.Boot != n.boot {
+		return // from before it restarted: another count
+	}
 	if u.Seq > n.seq+1 {
 		m.ask(n)
 	}
@@ -136,8 +155,10 @@ func (m *Merger) Beat(b feed.Beat) {
 	n := m.node(b.Header)
 	still := n.beat.Digest == b.Digest && n.ours == ours
 	n.beat, n.heard, n.ours = b, now, ours
-	m.warnSkew(n, now)
-	if b.Seq > n.seq {
+	n.skews[n.beats%len(n.skews)] = b.Time.Sub(now)
+	n.beats++
+	m.warnSkew(n)
+	if b.Boot == n.boot && b.Seq > n.seq {
 		// The last updates before the beat are missing.
 		n.seq, n.suspect = b.Seq, true
 	}
@@ -148,7 +169,7 @@ func (m *Merger) Beat(b feed.Beat) {
 	if n.differs.IsZero() {
 		n.differs = now
 	}
-	if n.futile == [2]uint64{ours, b.Digest} {
+	if n.futile == [2]uint64{ours, b.Digest} && now.Sub(n.asked) < futileFor {
 		return
 	}
 	// Digests of tables in motion always differ. They mean something when
@@ -189,8 +210,8 @@ func (m *Merger) ask(n *node) {
 	}
 }
 
-func (m *Merger) warnSkew(n *node, now time.Time) {
-	skew := n.beat.Time.Sub(now)
+func (m *Merger) warnSkew(n *node) {
+	skew := n.skew()
 	bad := skew.Abs() > skewAlarm
 	if bad && !n.skewed {
 		m.cfg.Log.Warn("clocks differ: keep both nodes on NTP, or handshakes after a failover are ignored for that long",
@@ -258,7 +279,7 @@ func (m *Merger) next() wgroam.NodeID {
 	defer m.mu.Unlock()
 	for id, n := range m.nodes {
 		if n.want {
-			n.want, n.suspect, n.asking, n.asked = false, false, true, time.Now()
+			n.want, n.suspect, n.asking, n.asked, n.askedAt = false, false, true, time.Now(), n.beat.Digest
 			return id
 		}
 	}
@@ -295,7 +316,7 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 		return
 	}
 	if now == have {
-		n.futile = [2]uint64{now.Sum(), n.beat.Digest}
+		n.futile = [2]uint64{now.Sum(), n.askedAt}
 	}
 	m.cfg.Log.Debug("synced", "node", n.beat.Name, "records", got)
 }
@@ -317,7 +338,7 @@ func (m *Merger) Nodes() []Node {
 		}
 		out = append(out, Node{
 			ID: id, Name: n.beat.Name, Role: n.beat.Role, State: state,
-			Heard: n.heard, Skew: n.beat.Time.Sub(n.heard), Records: int(n.beat.Records),
+			Heard: n.heard, Skew: n.skew(), Records: int(n.beat.Records),
 		})
 	}
 	return out

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -32,6 +34,34 @@ func LinkByName(name string) (Link, error) {
 	}
 	a := l.Attrs()
 	return Link{Name: a.Name, Ifindex: a.Index, Up: a.RawFlags&unix.IFF_UP != 0}, nil
+}
+
+// uapiDir is where implementations in user space have their sockets.
+const uapiDir = "/var/run/wireguard"
+
+// Names returns the names of all WireGuard devices of the calling thread's
+// network namespace, sorted. It asks for links and not, as wgctrl would, for
+// whole devices: that fails on the socket of an implementation that has died,
+// finds those of other namespaces, and no kernel device if the module was loaded
+// after the client was opened.
+func (c *Client) Names() ([]string, error) {
+	links, err := netlink.LinkList()
+	// An interrupted dump is followed by a change that wakes who watches.
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	var names []string
+	for _, l := range links {
+		name := l.Attrs().Name
+		if l.Type() != "wireguard" {
+			if _, err := os.Stat(filepath.Join(uapiDir, name+".sock")); err != nil {
+				continue
+			}
+		}
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names, nil
 }
 
 // WatchLinks calls wake after links of this network namespace may have appeared,

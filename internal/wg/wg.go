@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
@@ -66,7 +65,8 @@ type Endpoint struct {
 }
 
 // Client talks to the WireGuard devices of the network namespace in which it was
-// opened. It is safe for concurrent use, but calls wait for each other: whoever
+// opened, on threads of that namespace: a call that finds no device looks anew in
+// the namespace of its thread. It is safe for concurrent use, but calls wait for each other: whoever
 // must not wait for another's dump opens a Client of its own.
 type Client struct {
 	mu   sync.Mutex
@@ -172,25 +172,6 @@ func (c *Client) PrivateKey(name string) ([32]byte, error) {
 		err = fmt.Errorf("%w: set one with: wg set %s private-key FILE", ErrNoKey, name)
 	}
 	return key, err
-}
-
-// Names returns the names of all WireGuard devices, sorted.
-func (c *Client) Names() ([]string, error) {
-	var names []string
-	err := c.do("(all)", func(ctrl *wgctrl.Client) error {
-		devices, err := ctrl.Devices()
-		if err != nil {
-			return err
-		}
-		names = names[:0]
-		for _, d := range devices {
-			clear(d.PrivateKey[:])
-			names = append(names, d.Name)
-		}
-		return nil
-	})
-	slices.Sort(names)
-	return names, err
 }
 
 // SetEndpoints writes the endpoints of peers that the device has, and nothing

@@ -1,0 +1,727 @@
+// SPDX-License-Identifier: MIT
+
+package applier
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"net/netip"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/feed"
+)
+
+const (
+	self  wgroam.NodeID = 1
+	other wgroam.NodeID = 2
+)
+
+// askFunc is an Asker.
+type askFunc func(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests) ([]wgroam.Record, error)
+
+func (f askFunc) Ask(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests) iter.Seq2[feed.Update, error] {
+	return func(yield func(feed.Update, error) bool) {
+		records, err := f(ctx, node, have)
+		for len(records) > 0 {
+			n := min(len(records), 2)
+			if !yield(feed.Update{Records: records[:n]}, nil) {
+				return
+			}
+			records = records[n:]
+		}
+		if err != nil {
+			yield(feed.Update{}, err)
+		}
+	}
+}
+
+func newMerger(ask askFunc) *Merger {
+	return NewMerger(MergerConfig{
+		Self: self, Table: wgroam.NewTable([32]byte{}), Clock: wgroam.NewClock(10 * time.Second), View: wgroam.NewView(),
+		Feed: ask, VIP: []netip.Addr{netip.MustParseAddr("203.0.113.10")}, Log: quiet(),
+	})
+}
+
+func update(boot, seq uint64, records ...wgroam.Record) feed.Update {
+	return feed.Update{Header: feed.Header{Node: other, Boot: boot, Seq: seq}, Records: records}
+}
+
+func beat(boot, seq, digest uint64) feed.Beat {
+	return feed.Beat{Header: feed.Header{Node: other, Boot: boot, Seq: seq}, Name: "gw-b", Time: time.Now(), Digest: digest}
+}
+
+// seen is a record of now.
+func seen(n int) wgroam.Record {
+	r := record(key(n), at(n), 0)
+	r.Version.HLC = wgroam.HLCAt(time.Now())
+	return r
+}
+
+func (m *Merger) sum() uint64 {
+	d := m.cfg.Table.Digests()
+	return d.Sum()
+}
+
+// asks reports whether the merger wants to ask the other node.
+func asks(m *Merger) bool { return m.next() == other }
+
+// known has a merger that has heard of the other node and has no reason to ask.
+func known(t *testing.T, ask askFunc) *Merger {
+	t.Helper()
+	m := newMerger(ask)
+	m.Beat(beat(1, 0, m.sum()))
+	if asks(m) {
+		t.Fatal("asks a node whose table is the same")
+	}
+	return m
+}
+
+func TestRefused(t *testing.T) {
+	now := time.Now()
+	tests := map[string]struct {
+		why  string
+		edit func(*wgroam.Record)
+	}{
+		"no endpoint":  {"endpoint", func(r *wgroam.Record) { r.Endpoint = netip.AddrPort{} }},
+		"port 0":       {"endpoint", func(r *wgroam.Record) { r.Endpoint = netip.AddrPortFrom(r.Endpoint.Addr(), 0) }},
+		"loopback":     {"endpoint", func(r *wgroam.Record) { r.Endpoint = netip.MustParseAddrPort("127.0.0.1:1") }},
+		"link-local":   {"endpoint", func(r *wgroam.Record) { r.Endpoint = netip.MustParseAddrPort("[fe80::1]:1") }},
+		"virtual IP":   {"endpoint", func(r *wgroam.Record) { r.Endpoint = netip.MustParseAddrPort("203.0.113.10:1") }},
+		"future":       {"skew", func(r *wgroam.Record) { r.Version.HLC = wgroam.HLCAt(now.Add(time.Minute)) }},
+		"end of times": {"skew", func(r *wgroam.Record) { r.Version.HLC = ^wgroam.HLC(0) }},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			m := newMerger(nil)
+			r := seen(1)
+			test.edit(&r)
+			m.Update(update(1, 1, r, r))
+			if m.cfg.Table.Len() != 0 {
+				t.Error("the table has it")
+			}
+			if diff := cmp.Diff(map[string]uint64{test.why: 2}, m.Refused()); diff != "" {
+				t.Errorf("refused (-want +got):\n%s", diff)
+			}
+			// Our own clock is not led astray: what is seen here and now is not in
+			// the future.
+			if ahead := m.cfg.Clock.Stamp(now).Time().Sub(now); ahead > time.Second {
+				t.Errorf("our clock went %v ahead", ahead)
+			}
+			// The good ones of the same update are taken.
+			m.Update(update(1, 2, r, seen(2)))
+			if _, ok := m.cfg.Table.Get(key(2)); !ok {
+				t.Error("a good record beside a bad one is missing")
+			}
+		})
+	}
+}
+
+// TestFull: strangers cannot fill the memory, nor keep out those that we serve.
+func TestFull(t *testing.T) {
+	m := newMerger(nil)
+	const strangers = spareRecords + 10
+	for i := range strangers {
+		r := seen(i)
+		r.Peer[5] = 7
+		m.Update(update(1, uint64(i+1), r))
+	}
+	if n := m.cfg.Table.Len(); n != spareRecords {
+		t.Errorf("%d records, want %d", n, spareRecords)
+	}
+	if n := m.Refused()["full"]; n != strangers-spareRecords {
+		t.Errorf("%d refused, want %d", n, strangers-spareRecords)
+	}
+	ours := seen(1)
+	m.cfg.View.Set(ours.Peer, wgroam.Holding{})
+	m.Update(update(1, strangers+1, ours))
+	if _, ok := m.cfg.Table.Get(ours.Peer); !ok {
+		t.Error("the record of a peer of ours was refused")
+	}
+	// A stranger that is known already may roam.
+	r := seen(3)
+	r.Peer[5] = 7
+	r.Endpoint, r.Version.HLC = at(77), wgroam.HLCAt(time.Now().Add(time.Second))
+	m.Update(update(1, strangers+2, r))
+	if got, _ := m.cfg.Table.Get(r.Peer); got != r {
+		t.Errorf("record %+v, want %+v", got, r)
+	}
+}
+
+// TestGap: a missing sequence number is asked for at once; repetitions, and what
+// comes late, are not.
+func TestGap(t *testing.T) {
+	m := known(t, nil)
+	for _, step := range []struct {
+		seq  uint64
+		want bool
+	}{{1, false}, {2, false}, {2, false}, {4, true}, {3, false}, {5, false}, {5, false}, {9, true}, {10, false}} {
+		m.Update(update(1, step.seq, seen(int(step.seq))))
+		if got := asks(m); got != step.want {
+			t.Errorf("update %d: asks %v, want %v", step.seq, got, step.want)
+		}
+	}
+}
+
+// TestLastMissing: nothing follows the update that went missing but a beat.
+func TestLastMissing(t *testing.T) {
+	m := known(t, nil)
+	m.Update(update(1, 1, seen(1)))
+	m.Beat(beat(1, 1, m.sum()))
+	m.Beat(beat(1, 2, 42))
+	if !asks(m) {
+		t.Error("does not ask for the update before the beat")
+	}
+	// An update that brought nothing new is not missed.
+	m.Beat(beat(1, 3, m.sum()))
+	if asks(m) {
+		t.Error("asks although the tables are the same")
+	}
+}
+
+// TestReconnect: after a connection came up, the next beat decides.
+func TestReconnect(t *testing.T) {
+	m := known(t, nil)
+	m.Up()
+	m.Beat(beat(1, 0, m.sum()))
+	if asks(m) {
+		t.Error("asks although the tables are the same")
+	}
+	m.Up()
+	if asks(m) {
+		t.Error("asks before the beat")
+	}
+	m.Beat(beat(1, 0, 42))
+	if !asks(m) {
+		t.Error("does not ask")
+	}
+}
+
+// TestFirstHeard: a node that joins asks whoever it hears first, by beat or by
+// update.
+func TestFirstHeard(t *testing.T) {
+	m := newMerger(nil)
+	m.Beat(beat(1, 7, 42))
+	if !asks(m) {
+		t.Error("does not ask after the first beat")
+	}
+	m = newMerger(nil)
+	m.Update(update(1, 7, seen(1)))
+	m.Beat(beat(1, 7, 42))
+	if !asks(m) {
+		t.Error("does not ask after the first update and beat")
+	}
+}
+
+// TestNewBoot: a node that restarts counts from 1 again, and may have lost or
+// found something.
+func TestNewBoot(t *testing.T) {
+	m := known(t, nil)
+	m.Update(update(1, 1, seen(1)))
+	m.Update(update(1, 2, seen(2)))
+	m.Beat(beat(2, 0, 42))
+	if !asks(m) {
+		t.Error("does not ask a node that has restarted")
+	}
+	m.Update(update(2, 1, seen(3)))
+	if asks(m) {
+		t.Error("takes the first update for a gap")
+	}
+	// What is left of its former life says nothing of its present one.
+	m.Update(update(1, 99, seen(4)))
+	if _, ok := m.cfg.Table.Get(key(4)); !ok {
+		t.Error("a late record is missing")
+	}
+	m.Beat(beat(1, 99, 42))
+	asks(m)
+	m.Update(update(2, 3, seen(5)))
+	if !asks(m) {
+		t.Error("does not see the gap after a late update of the former life")
+	}
+}
+
+// TestStill: digests of tables that move mean nothing; of tables that stand
+// still they do, and of those that never stand still, now and then.
+func TestStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const every = 250 * time.Millisecond
+		m := known(t, nil)
+		m.Beat(beat(1, 0, 42))
+		if asks(m) {
+			t.Error("asks at the first difference")
+		}
+		m.Beat(beat(1, 0, 42))
+		if !asks(m) {
+			t.Error("does not ask at the second beat of tables that stand still")
+		}
+		m.Beat(beat(1, 0, m.sum()))
+
+		// Theirs moves.
+		var asked []time.Duration
+		began := time.Now()
+		for i := range 60 {
+			m.Beat(beat(1, 0, uint64(100+i)))
+			if asks(m) {
+				asked = append(asked, time.Since(began))
+			}
+			time.Sleep(every)
+		}
+		want := []time.Duration{churnSync + every, 2 * (churnSync + every)}
+		if diff := cmp.Diff(want, asked); diff != "" {
+			t.Errorf("asked while their table moved (-want +got):\n%s", diff)
+		}
+		m.Beat(beat(1, 0, m.sum()))
+
+		// Ours moves.
+		asked, began = nil, time.Now()
+		for i := range 20 {
+			m.Beat(beat(1, 0, 42))
+			if asks(m) {
+				asked = append(asked, time.Since(began))
+			}
+			m.cfg.Table.Merge(seen(i))
+			time.Sleep(every)
+		}
+		if len(asked) != 0 {
+			t.Errorf("asked while our table moved, after %v", asked)
+		}
+	})
+}
+
+// TestFutile: an answer without anything new is not asked for again, until one
+// of the tables has changed.
+func TestFutile(t *testing.T) {
+	answers := 0
+	m := known(t, func(context.Context, wgroam.NodeID, *wgroam.Digests) ([]wgroam.Record, error) {
+		answers++
+		r := seen(1)
+		r.Endpoint = netip.MustParseAddrPort("127.0.0.1:1") // theirs to keep, not ours
+		return []wgroam.Record{r}, nil
+	})
+	beats := func(digest uint64) {
+		for range 5 {
+			m.Beat(beat(1, 0, digest))
+			for asks(m) {
+				m.sync(t.Context(), other)
+			}
+		}
+	}
+	for i, step := range []func(){
+		func() { beats(42) },
+		func() { beats(43) },
+		func() { m.cfg.Table.Merge(seen(2)); beats(43) },
+		func() { m.Up(); m.Beat(beat(2, 0, 44)); beats(44) },
+	} {
+		step()
+		if answers != i+1 {
+			t.Errorf("step %d: %d answers, want %d", i, answers, i+1)
+		}
+	}
+}
+
+// TestRefusedForNow: a record that was refused because it came from the future
+// is taken when that has come.
+func TestRefusedForNow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := seen(1)
+		r.Version.HLC = wgroam.HLCAt(time.Now().Add(30 * time.Second))
+		answers := 0
+		m := known(t, func(context.Context, wgroam.NodeID, *wgroam.Digests) ([]wgroam.Record, error) {
+			answers++
+			return []wgroam.Record{r}, nil
+		})
+		for range 100 {
+			time.Sleep(time.Second)
+			m.Beat(beat(1, 0, 42))
+			if asks(m) {
+				m.sync(t.Context(), other)
+			}
+			if m.cfg.Table.Len() > 0 {
+				break
+			}
+		}
+		if m.cfg.Table.Len() == 0 {
+			t.Error("the record is missing long after it stopped to be from the future")
+		}
+		if answers != 2 {
+			t.Errorf("asked %d times, want 2", answers)
+		}
+	})
+}
+
+// TestNewsDuringAnswer: the other table gets a record of a third node while its
+// answer, which has nothing new, is on the way. A beat tells of it before the
+// answer ends, but it is not the table that was answered from.
+func TestNewsDuringAnswer(t *testing.T) {
+	var m *Merger
+	news, answers := seen(3), 0
+	m = known(t, func(context.Context, wgroam.NodeID, *wgroam.Digests) ([]wgroam.Record, error) {
+		if answers++; answers == 1 {
+			m.Beat(beat(1, 0, 43))
+			return nil, nil
+		}
+		return []wgroam.Record{news}, nil
+	})
+	for _, digest := range []uint64{42, 42, 43, 43, 43} {
+		m.Beat(beat(1, 0, digest))
+		for asks(m) {
+			m.sync(t.Context(), other)
+		}
+	}
+	if _, ok := m.cfg.Table.Get(news.Peer); !ok {
+		t.Errorf("the record is missing after %d answers", answers)
+	}
+}
+
+// TestAskFails: a node that does not answer is asked again at its next beat, not
+// before.
+func TestAskFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var (
+			mu    sync.Mutex
+			asked int
+			fail  = true
+		)
+		m := known(t, func(ctx context.Context, node wgroam.NodeID, _ *wgroam.Digests) ([]wgroam.Record, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			asked++
+			if node != other {
+				t.Errorf("asks %v", node)
+			}
+			if fail {
+				return []wgroam.Record{seen(asked)}, errors.New("no answer")
+			}
+			return []wgroam.Record{seen(100)}, nil
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { m.Run(ctx); close(done) }()
+		m.Update(update(1, 2))
+		synctest.Wait()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		mu.Lock()
+		if asked != 1 {
+			t.Errorf("asked %d times without a beat, want 1", asked)
+		}
+		mu.Unlock()
+		if _, ok := m.cfg.Table.Get(key(1)); !ok {
+			t.Error("what came before the error is missing")
+		}
+		for i := range 3 {
+			m.Beat(beat(1, 2, uint64(42+i)))
+			synctest.Wait()
+			mu.Lock()
+			if asked != i+2 {
+				t.Errorf("asked %d times after %d beats, want %d", asked, i+1, i+2)
+			}
+			mu.Unlock()
+		}
+		mu.Lock()
+		fail = false
+		mu.Unlock()
+		m.Beat(beat(1, 2, 50))
+		synctest.Wait()
+		m.Beat(beat(1, 2, m.sum()))
+		if n := m.Nodes(); n[0].State != NodeSynced {
+			t.Errorf("node %+v, want it synced", n[0])
+		}
+		cancel()
+		<-done
+	})
+}
+
+// TestRunEnds: also in the middle of an answer that does not come.
+func TestRunEnds(t *testing.T) {
+	m := newMerger(func(ctx context.Context, _ wgroam.NodeID, _ *wgroam.Digests) ([]wgroam.Record, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { m.Run(ctx); close(done) }()
+	m.Beat(beat(1, 0, 42))
+	cancel()
+	<-done
+}
+
+// TestOwnRecordComesBack: what this node said before its restart, out of the
+// others' tables.
+func TestOwnRecordComesBack(t *testing.T) {
+	now := time.Now()
+	old := wgroam.Record{
+		Peer: key(1), Endpoint: at(1), Cause: wgroam.CauseData,
+		Version: wgroam.Version{HLC: wgroam.HLCAt(now.Add(-time.Second)), Node: self},
+	}
+	tests := map[string]struct {
+		held   wgroam.Holding
+		edit   func(*wgroam.Record)
+		wantEP netip.AddrPort
+	}{
+		"the session has lived on elsewhere": {
+			held:   wgroam.Holding{Endpoint: at(2), Cause: wgroam.CauseSnapshot, At: now.Add(-time.Minute)},
+			wantEP: at(2),
+		},
+		"the session has lived on in place": {
+			held:   wgroam.Holding{Endpoint: at(1), Cause: wgroam.CauseSnapshot, At: now.Add(-time.Minute)},
+			wantEP: at(1),
+		},
+		"the session is dead": {
+			held:   wgroam.Holding{Endpoint: at(2), Cause: wgroam.CauseSnapshot, At: now.Add(-sessionLife - time.Second)},
+			wantEP: at(1),
+		},
+		"somebody configured another endpoint": {
+			held:   wgroam.Holding{Endpoint: at(2), Cause: wgroam.CauseConfig, At: now.Add(-time.Minute)},
+			wantEP: at(1),
+		},
+		"another node's record": {
+			held:   wgroam.Holding{Endpoint: at(2), Cause: wgroam.CauseSnapshot, At: now.Add(-time.Minute)},
+			edit:   func(r *wgroam.Record) { r.Version.Node = other },
+			wantEP: at(1),
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			m := newMerger(nil)
+			m.cfg.View.Set(key(1), test.held)
+			if test.held.Cause == wgroam.CauseSnapshot {
+				m.cfg.Table.Merge(wgroam.Record{
+					Peer: key(1), Endpoint: test.held.Endpoint, Cause: wgroam.CauseSnapshot,
+					Version: wgroam.Version{HLC: wgroam.HLCAt(test.held.At), Node: self},
+				})
+			}
+			r := old
+			if test.edit != nil {
+				test.edit(&r)
+			}
+			m.Update(update(1, 1, r))
+			got, _ := m.cfg.Table.Get(key(1))
+			if got.Endpoint != test.wantEP {
+				t.Fatalf("table has %+v, want %v", got, test.wantEP)
+			}
+			if test.wantEP != r.Endpoint && got.Version.Compare(r.Version) <= 0 {
+				t.Errorf("version %+v does not win against %+v at the others", got.Version, r.Version)
+			}
+			// It comes back from every node; the answer is given once.
+			m.Update(update(1, 2, r, r))
+			if again, _ := m.cfg.Table.Get(key(1)); again != got {
+				t.Errorf("table has %+v after a repetition, %+v before", again, got)
+			}
+		})
+	}
+}
+
+func TestNodes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMerger(nil)
+		if got := m.NameOf(other); got != other.String() {
+			t.Errorf("name %q of a node that nobody heard", got)
+		}
+		state := func(want NodeState) {
+			t.Helper()
+			if got := m.Nodes(); len(got) != 1 || got[0].State != want {
+				t.Errorf("nodes %+v, want one that is %s", got, want)
+			}
+		}
+		b := beat(1, 0, m.sum())
+		b.Time, b.Role, b.Records = time.Now().Add(3*time.Second), feed.RoleActive, 7
+		m.Beat(b)
+		want := []Node{{
+			ID: other, Name: "gw-b", Role: feed.RoleActive, State: NodeSynced,
+			Heard: time.Now(), Skew: 3 * time.Second, Records: 7,
+		}}
+		if diff := cmp.Diff(want, m.Nodes()); diff != "" {
+			t.Errorf("nodes (-want +got):\n%s", diff)
+		}
+		if got := m.NameOf(other); got != "gw-b" {
+			t.Errorf("name %q", got)
+		}
+		m.Beat(beat(1, 0, 42))
+		state(NodeSyncing)
+		time.Sleep(staleAfter + time.Millisecond)
+		state(NodeStale)
+		m.Beat(beat(1, 0, m.sum()))
+		state(NodeSynced)
+		m.Up()
+		state(NodeSyncing)
+	})
+}
+
+// TestMergerConcurrent is for the race detector, and for locks.
+func TestMergerConcurrent(t *testing.T) {
+	theirs := wgroam.NewTable([32]byte{})
+	m := newMerger(func(_ context.Context, _ wgroam.NodeID, have *wgroam.Digests) ([]wgroam.Record, error) {
+		return theirs.Differing(have), nil
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	var run, wg sync.WaitGroup
+	run.Go(func() { m.Run(ctx) })
+	const nodes, each = 4, 300
+	for n := range nodes {
+		wg.Go(func() {
+			for i := range each {
+				r := seen(i)
+				r.Version.Node = wgroam.NodeID(10 + n)
+				theirs.Merge(r)
+				h := feed.Header{Node: r.Version.Node, Boot: 1, Seq: uint64(i + 1)}
+				if i%3 != 0 {
+					m.Update(feed.Update{Header: h, Records: []wgroam.Record{r}})
+				}
+				digests := theirs.Digests()
+				m.Beat(feed.Beat{Header: h, Name: fmt.Sprint(n), Time: time.Now(), Digest: digests.Sum()})
+				m.cfg.View.Set(r.Peer, wgroam.Holding{Endpoint: r.Endpoint, Cause: wgroam.CauseData})
+				if i%50 == 0 {
+					m.Up()
+				}
+				m.Nodes()
+				m.NameOf(h.Node)
+				m.Refused()
+			}
+		})
+	}
+	wg.Wait()
+	deadline := time.After(20 * time.Second)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for theirs.Digests() != m.cfg.Table.Digests() {
+		select {
+		case <-deadline:
+			t.Fatalf("%d records, want %d: %+v", m.cfg.Table.Len(), theirs.Len(), m.Nodes())
+		case <-tick.C:
+		}
+		digests := theirs.Digests()
+		m.Beat(feed.Beat{Header: feed.Header{Node: 10, Boot: 1, Seq: each}, Time: time.Now(), Digest: digests.Sum()})
+	}
+	cancel()
+	run.Wait()
+}
+
+// end is one of two nodes that are joined in memory.
+type end struct {
+	*Merger
+	id        wgroam.NodeID
+	boot, seq uint64
+	to        []any // messages on their way to the other end
+}
+
+// TestMergersConverge: two nodes whose messages are lost, repeated and reordered
+// end up with the same table.
+func TestMergersConverge(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		var ends [2]*end
+		failing := false
+		for i := range ends {
+			e := &end{id: wgroam.NodeID(10 + i), boot: 1}
+			e.Merger = NewMerger(MergerConfig{
+				Self: e.id, Table: wgroam.NewTable([32]byte{}), Clock: wgroam.NewClock(10 * time.Second),
+				View: wgroam.NewView(), Log: quiet(),
+				// What one of the two refuses must not keep the rest from it.
+				VIP: []netip.Addr{at(i + 1).Addr()},
+				Feed: askFunc(func(_ context.Context, _ wgroam.NodeID, have *wgroam.Digests) ([]wgroam.Record, error) {
+					records := ends[1-i].cfg.Table.Differing(have)
+					if failing {
+						return records[:len(records)/2], errors.New("no answer")
+					}
+					return records, nil
+				}),
+			})
+			ends[i] = e
+		}
+		draw := func(n int, what string) int { return rapid.IntRange(0, n-1).Draw(rt, what) }
+		pick := func() *end { return ends[draw(2, "node")] }
+		tell := func(e *end) {
+			d := e.cfg.Table.Digests()
+			e.to = append(e.to, feed.Beat{Header: feed.Header{Node: e.id, Boot: e.boot, Seq: e.seq}, Time: time.Now(), Digest: d.Sum()})
+		}
+		deliver := func(from *end, i int) {
+			to := ends[0]
+			if from == to {
+				to = ends[1]
+			}
+			switch msg := from.to[i].(type) {
+			case feed.Update:
+				to.Update(msg)
+			case feed.Beat:
+				to.Beat(msg)
+			}
+		}
+		ask := func(e *end) {
+			for id := e.next(); id != 0; id = e.next() {
+				e.sync(t.Context(), id)
+			}
+		}
+		rt.Repeat(map[string]func(*rapid.T){
+			"sees a peer": func(*rapid.T) {
+				e := pick()
+				r := wgroam.Record{
+					Peer: key(draw(5, "peer")), Endpoint: at(draw(6, "endpoint")), Cause: wgroam.CauseData,
+					Version: wgroam.Version{HLC: e.cfg.Clock.Stamp(time.Now()), Node: e.id},
+				}
+				e.cfg.Table.Merge(r)
+				e.seq++
+				e.to = append(e.to, feed.Update{Header: feed.Header{Node: e.id, Boot: e.boot, Seq: e.seq}, Records: []wgroam.Record{r}})
+			},
+			"beats": func(*rapid.T) { tell(pick()) },
+			"a message arrives": func(*rapid.T) {
+				if e := pick(); len(e.to) > 0 {
+					i := draw(len(e.to), "message")
+					deliver(e, i)
+					e.to = append(e.to[:i:i], e.to[i+1:]...)
+				}
+			},
+			"a message arrives, and will again": func(*rapid.T) {
+				if e := pick(); len(e.to) > 0 {
+					deliver(e, draw(len(e.to), "message"))
+				}
+			},
+			"a message is lost": func(*rapid.T) {
+				if e := pick(); len(e.to) > 0 {
+					i := draw(len(e.to), "message")
+					e.to = append(e.to[:i:i], e.to[i+1:]...)
+				}
+			},
+			"asks":                   func(*rapid.T) { ask(pick()) },
+			"asks without an answer": func(*rapid.T) { failing = true; pick().syncOnce(t); failing = false },
+			"restarts":               func(*rapid.T) { e := pick(); e.boot++; e.seq = 0 },
+			"reconnects":             func(*rapid.T) { pick().Up() },
+		})
+		// From here on, nothing but beats, in good order.
+		for range 4 {
+			for _, e := range ends {
+				e.to = nil
+				tell(e)
+				deliver(e, 0)
+			}
+			for _, e := range ends {
+				ask(e)
+			}
+		}
+		for i, e := range ends {
+			for _, r := range ends[1-i].cfg.Table.Records() {
+				got, ok := e.cfg.Table.Get(r.Peer)
+				if r.Endpoint.Addr() == e.cfg.VIP[0] {
+					continue // refused here, and rightly
+				}
+				if !ok || got.Version.Compare(r.Version) < 0 {
+					rt.Errorf("node %d has %+v (%v), the other one %+v", i, got, ok, r)
+				}
+			}
+		}
+	})
+}
+
+// syncOnce asks once if there is reason to.
+func (e *end) syncOnce(t *testing.T) {
+	if id := e.next(); id != 0 {
+		e.sync(t.Context(), id)
+	}
+}
