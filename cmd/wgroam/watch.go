@@ -5,10 +5,10 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -35,11 +35,12 @@ func watchVerb(ctx context.Context, e env, args []string) error {
 	if err := parse(args); err != nil {
 		return err
 	}
-	out := &eventPrinter{w: e.stdout, json: *asJSON}
+	out := newEventPrinter(e.stdout, *asJSON)
+	watch := watchAlone
 	if daemonFollows(ctx, *socket, *device) {
-		return watchDaemon(ctx, e, *socket, *device, out)
+		watch = watchDaemon(*socket)
 	}
-	return watchAlone(ctx, e, *device, out)
+	return errors.Join(watch(ctx, e, *device, out), out.close())
 }
 
 func daemonFollows(ctx context.Context, socket, device string) bool {
@@ -55,34 +56,43 @@ func daemonFollows(ctx context.Context, socket, device string) bool {
 	return false
 }
 
-func watchDaemon(ctx context.Context, e env, socket, device string, out *eventPrinter) error {
-	err := control.Stream(ctx, socket, control.VerbWatch, func(line json.RawMessage) error {
-		var l struct {
-			control.Event
-			Missed *uint64 `json:"missed"`
-		}
-		if err := json.Unmarshal(line, &l); err != nil {
-			return err
-		}
-		switch {
-		case l.Missed == nil:
-		case *l.Missed == 0: // the first line of the answer
-			e.log.Info("watching through the daemon", "socket", socket)
+func watchDaemon(socket string) func(context.Context, env, string, *eventPrinter) error {
+	return func(ctx context.Context, e env, device string, out *eventPrinter) error {
+		err := control.Stream(ctx, socket, control.VerbWatch, func(line json.RawMessage) error {
+			var l struct {
+				control.Event
+				Missed *uint64 `json:"missed"`
+			}
+			if err := json.Unmarshal(line, &l); err != nil {
+				return err
+			}
+			switch {
+			case l.Missed == nil:
+			case *l.Missed == 0: // the first line of the answer
+				e.log.Info("watching through the daemon", "socket", socket)
+				return nil
+			default:
+				e.log.Warn("events left out because this reader was too slow", "events", *l.Missed)
+				return nil
+			}
+			if device != "" && l.Device != device {
+				return nil
+			}
+			// Waiting here makes the daemon count what this reader misses.
+			select {
+			case out.queue <- l.Event:
+				return nil
+			case err := <-out.failed:
+				return err
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
+		if ctx.Err() != nil {
 			return nil
-		default:
-			e.log.Warn("events left out because this reader was too slow", "events", *l.Missed)
-			return nil
 		}
-		event := l.Event
-		if device != "" && event.Device != device {
-			return nil
-		}
-		return out.print(event)
-	})
-	if ctx.Err() != nil {
-		return nil
+		return err
 	}
-	return err
 }
 
 func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) error {
@@ -98,10 +108,9 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 	var kernel tracker.Kernel
 	defer kernel.Close()
 
-	failed := make(chan error, 1)
 	fail := func(err error) {
 		select {
-		case failed <- err:
+		case out.failed <- err:
 		default:
 		}
 	}
@@ -115,8 +124,11 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 				if !isChange(o) {
 					return
 				}
-				if err := out.print(control.NewEvent(link.Name, o, time.Now())); err != nil {
-					fail(err)
+				select {
+				case out.queue <- control.NewEvent(link.Name, o, time.Now()):
+				default:
+					// The tracker must not wait for a reader.
+					e.log.Warn("an event left out because this reader was too slow", "peer", o.Peer)
 				}
 			},
 		})
@@ -129,7 +141,7 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		select {
-		case err := <-failed:
+		case err := <-out.failed:
 			return err
 		case <-ctx.Done():
 			return nil
@@ -177,21 +189,56 @@ func watchAll(ctx context.Context, e env, client *wg.Client, g *errgroup.Group,
 	})
 }
 
-// eventPrinter prints events for people or programs, one at a time.
+// eventPrinter prints events for people or programs. It has a goroutine of its
+// own, because whoever reads the output may be slow, or stuck.
 type eventPrinter struct {
-	json bool
-
-	mu sync.Mutex
-	w  io.Writer
+	queue  chan control.Event
+	failed chan error // gets the error that ended the printing
+	done   chan struct{}
 }
 
-func (p *eventPrinter) print(e control.Event) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.json {
-		return json.NewEncoder(p.w).Encode(e)
+// lastWords is how long close waits for a reader that has stopped reading.
+const lastWords = 500 * time.Millisecond
+
+func newEventPrinter(w io.Writer, asJSON bool) *eventPrinter {
+	p := &eventPrinter{
+		queue:  make(chan control.Event, 1024),
+		failed: make(chan error, 2), // of the printer, and of whoever lists devices
+		done:   make(chan struct{}),
 	}
-	_, err := fmt.Fprintf(p.w, "%s  %s  %s  %s -> %s  %s  %.1f ms\n",
+	go func() {
+		defer close(p.done)
+		for e := range p.queue {
+			if err := printEvent(w, e, asJSON); err != nil {
+				p.failed <- err
+				return
+			}
+		}
+	}()
+	return p
+}
+
+// close prints what is left, if the reader lets it, and returns the error that
+// ended the printing if nobody has taken it. Nobody may put events any more.
+func (p *eventPrinter) close() error {
+	close(p.queue)
+	select {
+	case <-p.done:
+	case <-time.After(lastWords):
+	}
+	select {
+	case err := <-p.failed:
+		return err
+	default:
+		return nil
+	}
+}
+
+func printEvent(w io.Writer, e control.Event, asJSON bool) error {
+	if asJSON {
+		return json.NewEncoder(w).Encode(e)
+	}
+	_, err := fmt.Fprintf(w, "%s  %s  %s  %s -> %s  %s  %.1f ms\n",
 		e.Time.Local().Format("15:04:05.000"), e.Device, e.Peer, orNone(e.Old), orNone(e.New), e.Cause, float64(e.LatencyUS)/1000)
 	return err
 }

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/control"
+)
+
+func TestEventPrinter(t *testing.T) {
+	event := control.NewEvent("wg0", wgroam.Observation{
+		New: netip.MustParseAddrPort("[2001:db8::1]:51820"), Cause: wgroam.CauseData,
+		At: time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC),
+	}, time.Date(2026, 1, 2, 3, 4, 5, 1_506_000, time.UTC))
+
+	var out bytes.Buffer
+	p := newEventPrinter(&out, true)
+	p.queue <- event
+	if err := p.close(); err != nil {
+		t.Error(err)
+	}
+	want := `{"time":"2026-01-02T03:04:05.000006Z","device":"wg0","peer":"` + strings.Repeat("A", 43) + `=",` +
+		`"old":"","new":"[2001:db8::1]:51820","cause":"data","latency_us":1500}` + "\n"
+	if out.String() != want {
+		t.Errorf("got  %swant %s", &out, want)
+	}
+
+	out.Reset()
+	p = newEventPrinter(&out, false)
+	p.queue <- event
+	if err := p.close(); err != nil {
+		t.Error(err)
+	}
+	if want := "  none -> [2001:db8::1]:51820  data  1.5 ms\n"; !strings.HasSuffix(out.String(), want) {
+		t.Errorf("got %q, want the end %q", &out, want)
+	}
+}
+
+// A reader that is stuck, or gone, does not keep watch from ending.
+func TestEventPrinterReader(t *testing.T) {
+	r, w := io.Pipe()
+	p := newEventPrinter(w, true)
+	p.queue <- control.Event{}
+	closed := make(chan error, 1)
+	go func() { closed <- p.close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * lastWords):
+		t.Error("waits for a reader that does not read")
+	}
+	r.Close() // frees the printer
+	<-p.done
+
+	r, w = io.Pipe()
+	r.Close()
+	p = newEventPrinter(w, true)
+	p.queue <- control.Event{}
+	<-p.done
+	if err := p.close(); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("reader gone: %v", err)
+	}
+}
