@@ -167,7 +167,8 @@ func (h *Hook) Read() (e Event, drained bool, err error) {
 	if err != nil {
 		return Event{}, false, err
 	}
-	return raw.event(), h.reader.AvailableBytes() == 0, nil
+	// Not AvailableBytes, which looks at memory that Close has given back.
+	return raw.event(), h.record.Remaining == 0, nil
 }
 
 // Flush makes Read return all events that are waiting, and then ErrFlushed once.
