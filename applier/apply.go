@@ -34,6 +34,10 @@ const (
 	retryMost  = 30 * time.Second
 )
 
+// confirmWithin is how long the rest of a handshake may take, the time after
+// which an initiator tries again (messages.h, REKEY_TIMEOUT).
+const confirmWithin = 5 * time.Second
+
 // Config describes an Applier.
 type Config struct {
 	Name   string // of the device
@@ -56,6 +60,9 @@ const (
 	StateWaiting State = "waiting"
 	// StateOverridden: somebody configured another endpoint since.
 	StateOverridden State = "overridden"
+	// StateUnconfirmed: the device took another endpoint from the beginning of a
+	// handshake. It may be a replay; if the end does not follow, it is undone.
+	StateUnconfirmed State = "unconfirmed"
 )
 
 // Status is what an Applier can tell of itself.
@@ -103,6 +110,9 @@ func (a *Applier) Run(ctx context.Context) {
 		failed = make(map[wgroam.Key]wgroam.Version)
 		delay  = retryFirst
 		retry  <-chan time.Time
+		// Peers in the middle of a handshake, to look at again.
+		doubts []wgroam.Key
+		doubt  <-chan time.Time
 	)
 	for {
 		select {
@@ -116,9 +126,20 @@ func (a *Applier) Run(ctx context.Context) {
 			}
 			clear(failed)
 			continue
+		case <-doubt:
+			doubt = nil
+			for _, k := range doubts {
+				a.changes.Mark(k)
+			}
+			doubts = nil
+			continue
 		}
-		for _, r := range a.apply(a.batch(failed)) {
+		records, unconfirmed := a.batch(failed)
+		for _, r := range a.apply(records) {
 			failed[r.Peer] = r.Version
+		}
+		if doubts = append(doubts, unconfirmed...); len(doubts) > 0 && doubt == nil {
+			doubt = time.After(confirmWithin)
 		}
 		switch {
 		case len(failed) > 0 && retry == nil:
@@ -131,9 +152,9 @@ func (a *Applier) Run(ctx context.Context) {
 }
 
 // batch returns the next endpoints to write, at most wg.ChunkPeers, but for
-// those that have failed.
-func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) []wgroam.Record {
-	var out []wgroam.Record
+// those that have failed, and the peers among those it has looked at whose
+// endpoint is unconfirmed.
+func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Record, unconfirmed []wgroam.Key) {
 	for len(out) < wg.ChunkPeers {
 		keys := a.changes.Take(wg.ChunkPeers - len(out))
 		if len(keys) == 0 {
@@ -141,12 +162,16 @@ func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) []wgroam.Record {
 		}
 		for _, k := range keys {
 			r, state := a.decide(k)
-			if v, tried := failed[k]; state == StateNo && (!tried || v != r.Version) {
+			v, tried := failed[k]
+			switch {
+			case state == StateUnconfirmed:
+				unconfirmed = append(unconfirmed, k)
+			case state == StateNo && (!tried || v != r.Version):
 				out = append(out, r)
 			}
 		}
 	}
-	return out
+	return out, unconfirmed
 }
 
 // decide compares the Table and the device on one peer. The state is empty when
@@ -178,6 +203,11 @@ func (a *Applier) decide(k wgroam.Key) (wgroam.Record, State) {
 		return r, StateNo // was on its way to us when the record came
 	case !held.Endpoint.IsValid():
 		return r, StateNo // removed and added again
+	case held.Cause == wgroam.CauseInitiation:
+		if time.Since(held.At) < confirmWithin {
+			return r, StateUnconfirmed
+		}
+		return r, StateNo
 	case held.Cause == wgroam.CauseConfig && held.Endpoint == last.endpoint:
 		return r, StateNo // our own write came down on something newer
 	}

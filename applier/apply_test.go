@@ -381,6 +381,42 @@ func TestGone(t *testing.T) {
 
 // TestOverride: an administrator's endpoint stands until the peer is seen
 // elsewhere.
+func TestUnconfirmed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, d, table := newApplier(t)
+		run(t, a)
+		d.has(key(1), netip.AddrPort{}, 0)
+		table.Merge(record(key(1), at(1), 1))
+		synctest.Wait()
+		time.Sleep(time.Second)
+
+		// A handshake that is completed: the record comes before the time is up.
+		d.has(key(1), at(2), wgroam.CauseInitiation)
+		synctest.Wait()
+		wantState(t, a, key(1), StateUnconfirmed)
+		time.Sleep(confirmWithin / 2)
+		table.Merge(record(key(1), at(2), 2))
+		synctest.Wait()
+		wantState(t, a, key(1), StateYes)
+		calls, _ := d.counts()
+		time.Sleep(2 * confirmWithin)
+		if after, _ := d.counts(); after != calls {
+			t.Errorf("%d writes after a completed handshake", after-calls)
+		}
+
+		// One that is not: a replay.
+		d.has(key(1), at(3), wgroam.CauseInitiation)
+		synctest.Wait()
+		wantState(t, a, key(1), StateUnconfirmed)
+		time.Sleep(confirmWithin + time.Second)
+		synctest.Wait()
+		wantState(t, a, key(1), StateYes)
+		if got := d.endpoints()[key(1)]; got != at(2) {
+			t.Errorf("device has %v, want %v back", got, at(2))
+		}
+	})
+}
+
 func TestOverride(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, d, table := newApplier(t)
@@ -476,7 +512,8 @@ func TestFailedWriteKeepsNews(t *testing.T) {
 			return errDevice
 		}
 		table.Merge(record(key(1), at(2), 2))
-		if failed := a.apply(a.batch(nil)); len(failed) != 1 {
+		records, _ := a.batch(nil)
+		if failed := a.apply(records); len(failed) != 1 {
 			t.Fatalf("%d failed, want 1", len(failed))
 		}
 		if held, _ := d.view.Get(key(1)); held != news {
@@ -494,7 +531,8 @@ func TestApplierConverges(t *testing.T) {
 		a := New(Config{Name: "wg0", Device: d, Table: table, View: view, Log: quiet()})
 		waiting := map[wgroam.Key]bool{}
 		step := func() {
-			for _, r := range a.apply(a.batch(nil)) {
+			records, _ := a.batch(nil)
+			for _, r := range a.apply(records) {
 				waiting[r.Peer] = true
 			}
 		}

@@ -24,7 +24,7 @@ const (
 	churnSync = 5 * time.Second
 	// futileFor is how long an answer that had nothing new is believed: what
 	// was refused may be welcome later, such as a record from the future.
-	futileFor = time.Minute
+	futileFor = 5 * time.Second
 	// skewAlarm is the difference between two clocks that is worth a warning.
 	// WireGuard peers ignore handshakes from a clock that is behind.
 	skewAlarm = time.Second
@@ -153,12 +153,15 @@ func (m *Merger) Beat(b feed.Beat) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n := m.node(b.Header)
+	if b.Boot != n.boot {
+		return // from before it restarted, by whoever kept it
+	}
 	still := n.beat.Digest == b.Digest && n.ours == ours
 	n.beat, n.heard, n.ours = b, now, ours
 	n.skews[n.beats%len(n.skews)] = b.Time.Sub(now)
 	n.beats++
 	m.warnSkew(n)
-	if b.Boot == n.boot && b.Seq > n.seq {
+	if b.Seq > n.seq {
 		// The last updates before the beat are missing.
 		n.seq, n.suspect = b.Seq, true
 	}

@@ -252,6 +252,60 @@ func TestPortInUse(t *testing.T) {
 	ping(t, c)
 	awaitEndpoint(t, h, c, c.Endpoint())
 	awaitEndpoint(t, h, c, roam(t, c, 0))
+
+	// The address is taken as soon as it can be had.
+	squatter.Close()
+	n.says("serving the other nodes now")
+	await(t, "its own server", func() (bool, string) {
+		s := n.status()
+		return s.LastError == "" && len(s.Feed.Connections) == 2, fmt.Sprintf("%+v", s)
+	})
+	n.awaitNodes(1)
+	awaitEndpoint(t, h, c, roam(t, c, 1))
+}
+
+// TestBadDevice: one device that cannot be served is no reason to leave the
+// other alone.
+func TestBadDevice(t *testing.T) {
+	l := newLab(t, lab.Config{Gateways: []string{"a"}})
+	a, c := l.Gateways[0], l.Clients[0]
+	// A link that is no WireGuard device, with the socket of an implementation
+	// that has died.
+	const dead = "wgdead0"
+	if err := a.Do(func() error {
+		return netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: dead}})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	socket := "/var/run/wireguard/" + dead + ".sock"
+	if err := os.MkdirAll(filepath.Dir(socket), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener.SetUnlinkOnClose(false)
+	listener.Close()
+	t.Cleanup(func() { os.Remove(socket) })
+
+	dir := t.TempDir()
+	cfg := config(a, dir) + fmt.Sprintf("[[device]]\nname = %q\n", dead)
+	n := startNode(t, a, dir, cfg)
+	n.says(dead)
+	ping(t, c)
+	await(t, "the other device is served", func() (bool, string) {
+		var s control.Status
+		if err := control.Get(t.Context(), n.socket, control.VerbStatus, &s); err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range s.Devices {
+			if d.Name == a.Device() {
+				return d.Records == 1, fmt.Sprintf("%+v", s)
+			}
+		}
+		return false, fmt.Sprintf("%+v", s)
+	})
 }
 
 // TestUnreachableNode: a node that is not there is shown, and holds up nobody.

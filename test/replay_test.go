@@ -73,6 +73,32 @@ func TestReplayedInitiation(t *testing.T) {
 	awaitEndpoint(t, a, c, c.Endpoint())
 }
 
+// TestReplayAtStandby: the same recording, sent to a standby whose link is up
+// and which has never heard of the peer, does not stay.
+func TestReplayAtStandby(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	needKernel(t, l)
+	a, h, c := l.Gateways[0], l.Gateways[1], l.Clients[0]
+	record := tapInitiation(t, a)
+	nodes := startMesh(t, l)
+	ping(t, c)
+	initiation := record()
+	real := c.Endpoint()
+	awaitEndpoint(t, h, c, real)
+
+	atH := watch(t, h)
+	atH.says("following endpoint changes")
+	forged := netip.AddrPortFrom(a.Addr4, 5555)
+	sendFrom(t, a, forged, netip.AddrPortFrom(h.Addr4, lab.ListenPort), initiation)
+	if e := atH.find(c.Key(), forged, 0); e.Cause != wgroam.CauseInitiation.String() {
+		t.Errorf("the replay came as %+v", e)
+	}
+	awaitEndpoint(t, h, c, real)
+	if s := nodes[1].status(); s.Feed.Sent != 0 {
+		t.Errorf("the standby published %d records of a replay", s.Feed.Sent)
+	}
+}
+
 // tapInitiation records the first handshake initiation that reaches a gateway.
 // The function that it returns waits for it.
 func tapInitiation(t testing.TB, gw *lab.Gateway) func() []byte {

@@ -25,20 +25,69 @@ import (
 
 // daemon is what all devices of a node share.
 type daemon struct {
-	cfg       config.Config
-	log       *slog.Logger
-	started   time.Time
-	wg        *wg.Client
-	netns     uint32
-	kernel    *tracker.Kernel
-	server    *natsd.Server // nil when there is none
-	serverErr error
-	events    *control.Hub
-	devices   []*device
+	cfg     config.Config
+	log     *slog.Logger
+	started time.Time
+	wg      *wg.Client
+	netns   uint32
+	kernel  *tracker.Kernel
+	events  *control.Hub
+	devices []*device
+	serving chan struct{} // closed when there is a server
 
-	mu     sync.Mutex
-	groups map[string]string // device by group
+	mu        sync.Mutex
+	groups    map[string]string // device by group
+	server    *natsd.Server     // nil while there is none
+	serverErr error             // why there is none
 }
+
+// serveAgain is how long an address that could not be had is left alone. It may
+// come with a link, or its present owner go.
+const serveAgain = 2 * time.Second
+
+// serve starts the server for the other nodes.
+func (d *daemon) serve(ctx context.Context) error {
+	server, err := natsd.Start(ctx, d.cfg.NATS.Listen, d.log)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.serverErr = err
+	if err == nil {
+		d.server = server
+		close(d.serving)
+	}
+	return err
+}
+
+// serveLater tries until there is a server, if there is none yet.
+func (d *daemon) serveLater(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.serving:
+			return
+		case <-time.After(serveAgain):
+		}
+		if d.serve(ctx) == nil {
+			d.log.Info("serving the other nodes now", "listen", d.cfg.NATS.Listen)
+		}
+	}
+}
+
+func (d *daemon) shutdown() {
+	if server, _ := d.natsd(); server != nil {
+		server.Shutdown()
+	}
+}
+
+func (d *daemon) natsd() (*natsd.Server, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.server, d.serverErr
+}
+
+// errServing ends a session that was begun without a server, when there is one.
+var errServing = errors.New("there is a server for the other nodes now")
 
 // errSameKey: two devices would take each other's records for their own.
 var errSameKey = errors.New("same private key as another device of this node")
@@ -90,7 +139,7 @@ func (d *device) absent(err error) {
 	d.mu.Lock()
 	d.problem = err
 	d.mu.Unlock()
-	d.log.Error("waiting for the device: create it, or correct its name in the configuration", "err", err)
+	d.log.Warn("the device is not served; trying again", "err", err)
 }
 
 // session runs the device while the link lasts.
@@ -105,9 +154,13 @@ func (d *device) session(ctx context.Context, link wg.Link) error {
 	}
 	defer release()
 
-	s, err := d.wire(link, keys)
+	server, _ := d.d.natsd()
+	s, err := d.wire(link, keys, server)
 	if err != nil {
 		return err
+	}
+	if server != nil {
+		defer server.RemoveGroup(keys)
 	}
 	// The applier writes through a client of its own, so that it does not wait
 	// for a dump.
@@ -142,6 +195,16 @@ func (d *device) session(ctx context.Context, link wg.Link) error {
 	g.Go(func() error { s.applier.Run(ctx); return nil })
 	g.Go(func() error { s.merger.Run(ctx); return nil })
 	g.Go(func() error { return pub.Run(ctx) })
+	if server == nil {
+		g.Go(func() error {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-d.d.serving:
+				return errServing
+			}
+		})
+	}
 	return g.Wait()
 }
 
@@ -157,7 +220,7 @@ func (d *device) keys() (feed.Keys, error) {
 }
 
 // wire makes the parts of a session that need each other.
-func (d *device) wire(link wg.Link, keys feed.Keys) (*session, error) {
+func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*session, error) {
 	d.mu.Lock()
 	// A table of its own for every session, because nobody takes leave of a
 	// table; what the group knows goes from one to the next.
@@ -181,9 +244,9 @@ func (d *device) wire(link wg.Link, keys feed.Keys) (*session, error) {
 		},
 		Log: d.log,
 	}
-	if d.d.server != nil {
-		d.d.server.AddGroup(keys)
-		fc.Server = d.d.server
+	if server != nil {
+		server.AddGroup(keys)
+		fc.Server = server
 	}
 	var err error
 	if s.feed, err = feed.New(fc); err != nil {

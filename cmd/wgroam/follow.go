@@ -11,12 +11,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/wgroam/wgroam/internal/wg"
-	"github.com/wgroam/wgroam/tracker"
 )
 
 // retryDelay is how long a link that cannot be used yet is left alone: one that
-// is not a WireGuard device (a user space implementation may be on its way), or
-// has no private key. The kernel says nothing when that changes.
+// is not a WireGuard device (a user space implementation may be on its way), has
+// no private key, or fails otherwise. The kernel says nothing when that changes.
 const retryDelay = time.Second
 
 // follow runs session while a link called name exists: each time one appears,
@@ -96,10 +95,11 @@ func follow(ctx context.Context, name string, log *slog.Logger, absent func(erro
 	return g.Wait()
 }
 
-// hopeless returns err if neither time nor a new link will mend it.
+// hopeless returns err if neither time nor a new link will mend it. All else is
+// this device's trouble, and no reason to leave the others alone.
 func hopeless(err error) error {
-	if err == nil || errors.Is(err, wg.ErrNoDevice) || errors.Is(err, wg.ErrNoKey) || errors.Is(err, tracker.ErrRekeyed) {
-		return nil
+	if errors.Is(err, wg.ErrPrivilege) {
+		return err
 	}
-	return err
+	return nil
 }

@@ -15,6 +15,7 @@ import (
 	"os/signal"
 	"syscall"
 	"text/tabwriter"
+	"time"
 )
 
 // Exit statuses.
@@ -78,7 +79,7 @@ func mainWithStatus(args []string, stdout, stderr io.Writer) int {
 		if v.name != args[0] {
 			continue
 		}
-		switch err := v.run(ctx, e, args[1:]); {
+		switch err := bounded(ctx, func() error { return v.run(ctx, e, args[1:]) }); {
 		case err == nil, errors.Is(err, flag.ErrHelp):
 			return exitOK
 		case errors.Is(err, errUsage):
@@ -91,6 +92,28 @@ func mainWithStatus(args []string, stdout, stderr io.Writer) int {
 	fmt.Fprintf(stderr, "wgroam: unknown verb %q\n\n", args[0])
 	usage(stderr)
 	return exitUsage
+}
+
+// grace is how long a verb may take to end after a signal.
+const grace = 5 * time.Second
+
+// bounded runs f, and gives up waiting for it some time after ctx has ended: a
+// WireGuard implementation that does not answer must not keep us alive. The
+// kernel cleans up after a process.
+func bounded(ctx context.Context, f func() error) error {
+	ended := make(chan error, 1)
+	go func() { ended <- f() }()
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(grace):
+		return fmt.Errorf("something still hangs %v after the signal: leaving it", grace)
+	}
 }
 
 func usage(w io.Writer) {

@@ -13,7 +13,6 @@ import (
 
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
-	"github.com/wgroam/wgroam/internal/natsd"
 	"github.com/wgroam/wgroam/internal/wg"
 	"github.com/wgroam/wgroam/tracker"
 )
@@ -68,19 +67,16 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	d := &daemon{
 		cfg: cfg, log: log, started: started,
 		wg: client, netns: netns, kernel: kernel,
-		events: control.NewHub(),
-		groups: make(map[string]string),
+		events:  control.NewHub(),
+		groups:  make(map[string]string),
+		serving: make(chan struct{}),
 	}
 	if cfg.NATS.Listen != "" {
-		server, err := natsd.Start(ctx, cfg.NATS.Listen, log)
-		if err != nil {
-			// The other nodes' servers carry our records as well.
-			log.Error("cannot serve the other nodes; going on through theirs", "err", err)
-			d.serverErr = err
-		} else {
-			defer server.Shutdown()
-			d.server = server
+		// The other nodes' servers carry our records as well.
+		if err := d.serve(ctx); err != nil {
+			log.Error("cannot serve the other nodes; going on through theirs, and trying again", "err", err)
 		}
+		defer d.shutdown()
 	}
 	for _, dc := range cfg.Devices {
 		if dc.Role != config.RoleAlways || len(dc.VIP) > 0 {
@@ -90,6 +86,9 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	}
 
 	g, ctx := errgroup.WithContext(ctx)
+	if cfg.NATS.Listen != "" {
+		g.Go(func() error { d.serveLater(ctx); return nil })
+	}
 	ctl, err := control.Listen(cfg.ControlSocket, control.Handler{Status: d.status, Peers: d.peers, Events: d.events})
 	switch {
 	case errors.Is(err, control.ErrInUse):

@@ -51,8 +51,8 @@ func (d *device) status() control.DeviceStatus {
 	if problem != nil {
 		errs = append(errs, problem.Error())
 	}
-	if d.d.serverErr != nil {
-		errs = append(errs, d.d.serverErr.Error())
+	if _, err := d.d.natsd(); err != nil {
+		errs = append(errs, err.Error())
 	}
 	if s == nil {
 		if seen {

@@ -34,8 +34,8 @@ const (
 	StateWaiting = "waiting" // there has been no such device yet
 )
 
-// DeviceStatus is one WireGuard device of this node. Counters count from the
-// start of the daemon.
+// DeviceStatus is one WireGuard device of this node. Counters count from when
+// the device appeared.
 type DeviceStatus struct {
 	Name     string       `json:"name"`
 	Ifindex  int          `json:"ifindex"` // 0 without a device
@@ -47,7 +47,7 @@ type DeviceStatus struct {
 	Detector Detector     `json:"detector"`
 
 	Events       uint64 `json:"events"`        // endpoint changes reported by the detector
-	Lost         uint64 `json:"lost"`          // changes that the detector had no room for
+	Lost         uint64 `json:"lost"`          // changes that the detector had no room for, on all devices
 	Resyncs      uint64 `json:"resyncs"`       // full reads after a loss
 	SweepRepairs uint64 `json:"sweep_repairs"` // changes that only the slow sweep found; 0 in health
 
@@ -90,8 +90,8 @@ type FeedStatus struct {
 	Connections []Connection      `json:"connections"` // by name
 	Nodes       []NodeStatus      `json:"nodes"`       // the others, by name and id
 	Refused     map[string]uint64 `json:"refused"`     // received frames and records that changed nothing, by reason
-	Sent        uint64            `json:"sent"`        // records published, repeats for a sync included
-	Received    uint64            `json:"received"`    // records received and authentic
+	Sent        uint64            `json:"sent"`        // records published, without answers to syncs
+	Received    uint64            `json:"received"`    // records received and authentic, without answers to syncs
 }
 
 // Connection is one connection to a NATS server.
@@ -132,6 +132,9 @@ const (
 	AppliedNo         = "no"         // not yet, or it failed: see Peer.Error
 	AppliedWaiting    = "waiting"    // the device does not have the peer
 	AppliedOverridden = "overridden" // an administrator has set another endpoint since
+	// AppliedUnconfirmed: the device took another endpoint from a handshake that
+	// has only begun, and may be a replay.
+	AppliedUnconfirmed = "unconfirmed"
 )
 
 // Peer is what is known of one WireGuard peer. Endpoints are ip:port or

@@ -69,7 +69,7 @@ func (l *Link) newConn(name, url string, opts nats.Options) *conn {
 		closed: make(chan struct{}),
 	}
 	o := &c.opts
-	if o.Url == "" {
+	if len(o.Servers) == 0 {
 		o.Url = url
 	}
 	o.Name = "wgroam " + l.name

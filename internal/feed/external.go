@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/nats-io/nats.go"
 )
@@ -94,7 +95,9 @@ func (e External) options() (nats.Options, string, error) {
 		return o, "", errors.New("nats: tls.cert and tls.key belong together: set both")
 	}
 
-	o.Url = c.URL
+	for u := range strings.SplitSeq(c.URL, ",") {
+		o.Servers = append(o.Servers, strings.TrimSpace(u))
+	}
 	o.User, o.Password, o.Token = c.User, c.Password, c.Token
 	var set []nats.Option
 	if c.Creds != "" {

@@ -822,11 +822,14 @@ func TestExternal(t *testing.T) {
 		}
 	}
 
-	a := startNode(t, feed.Config{Name: "gw-a", Keys: k, External: feed.External{URL: "nats://wgroam:sesame@" + addr}})
+	a := startNode(t, feed.Config{Name: "gw-a", Keys: k, External: feed.External{
+		// The first of the servers is down.
+		URL: "nats://127.0.0.1:1, nats://wgroam:sesame@" + addr,
+	}})
 	b := startNode(t, feed.Config{Name: "gw-b", Keys: k, External: feed.External{Context: "hq"}})
 	a.ups(t)
 	b.ups(t)
-	if st := a.Status()[0]; st.Name != "nats" || st.URL != "nats://"+addr {
+	if st := a.Status()[0]; st.Name != "nats" || st.URL != "nats://127.0.0.1:1,nats://"+addr {
 		t.Errorf("status %+v", st)
 	}
 	if err := a.Publish([]wgroam.Record{record(1, a.Self())}); err != nil {

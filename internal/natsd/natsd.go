@@ -121,6 +121,14 @@ func (s *Server) AddGroup(k feed.Keys) {
 	s.groups[k.Group()] = k
 }
 
+// RemoveGroup lets the members of a group in no longer. Those that are connected
+// stay so until they part.
+func (s *Server) RemoveGroup(k feed.Keys) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.groups, k.Group())
+}
+
 func (s *Server) group(name string) (feed.Keys, bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()

@@ -28,7 +28,7 @@ func LinkByName(name string) (Link, error) {
 	l, err := netlink.LinkByName(name)
 	if err != nil {
 		if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
-			return Link{}, fmt.Errorf("%w: %s", ErrNoDevice, name)
+			return Link{}, fmt.Errorf("%w: %s: create it, or correct the name", ErrNoDevice, name)
 		}
 		return Link{}, fmt.Errorf("look up link %s: %w", name, err)
 	}

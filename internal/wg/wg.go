@@ -108,7 +108,7 @@ func (c *Client) do(device string, f func(*wgctrl.Client) error) error {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: %s", ErrNoDevice, device)
+		return fmt.Errorf("%w: %s: create it, or correct the name", ErrNoDevice, device)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%w for %s: run as root or grant it: %w", ErrPrivilege, device, err)
 	case err != nil:
