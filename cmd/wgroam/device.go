@@ -170,7 +170,7 @@ func (d *device) session(ctx context.Context, link wg.Link) error {
 	}
 	defer writer.Close()
 	s.applier = applier.New(applier.Config{
-		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: d.log,
+		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: d.d.log,
 	})
 	pub := publisher.New(publisher.Config{
 		Table: s.table, Link: s.feed, Role: func() feed.Role { return roleOf(d.cfg.Role) }, Log: d.log,
