@@ -161,20 +161,13 @@ static __always_inline void send_event(struct peer_event *event)
 		__sync_fetch_and_add(&events_lost, 1);
 }
 
-SEC("fentry/wg_socket_set_peer_endpoint")
-int BPF_PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *endpoint)
+static __always_inline void report_change(struct wg_peer *peer, const struct endpoint *endpoint)
 {
 	struct peer_event event = {};
 
-	/* Not a roam. Every authenticated data packet of a peer that stays
-	 * where it is ends here: no map, no helper. A change of our own local
-	 * address ends here as well. */
-	if (same_address(&peer->endpoint, endpoint))
-		return 0;
-
 	/* Not our device. */
 	if (!begin_event(&event, peer))
-		return 0;
+		return;
 	event.cause = cause_of(peer, endpoint);
 	copy_endpoint(&event.old_endpoint, &peer->endpoint);
 	copy_endpoint(&event.new_endpoint, endpoint);
@@ -182,6 +175,16 @@ int BPF_PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *end
 	/* The map first: whoever is told of a lost event must find it there. */
 	bpf_map_update_elem(&latest, &event.internal_id, &event, BPF_ANY);
 	send_event(&event);
+}
+
+SEC("fentry/wg_socket_set_peer_endpoint")
+int BPF_PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *endpoint)
+{
+	/* Not a roam. Every authenticated data packet of a peer that stays
+	 * where it is ends here: no map, no helper. A change of our own local
+	 * address ends here as well. */
+	if (!same_address(&peer->endpoint, endpoint))
+		report_change(peer, endpoint);
 	return 0;
 }
 
