@@ -3,6 +3,7 @@
 package tracker
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -23,6 +24,7 @@ type Kernel struct {
 	hook    *bpf.Hook
 	subs    map[bpf.Device]*subscriber
 	lost    uint64
+	owed    bool          // events were lost, and have not been recovered
 	flushed chan struct{} // closed when the ring buffer has been emptied
 	reader  sync.WaitGroup
 	closed  bool
@@ -34,9 +36,9 @@ type Kernel struct {
 // ring buffer: it must not wait for anything.
 type subscriber struct {
 	event func(bpf.Event)
-	// lost is called when events are missing; the newest of each peer follow
-	// by event.
-	lost func()
+	// lost is called when events are missing: for the first time since the newest
+	// of each peer were delivered again, by event, or once more.
+	lost func(first bool)
 	// broken is called when the hook is gone for good.
 	broken func(error)
 }
@@ -56,7 +58,7 @@ func (k *Kernel) follow(d bpf.Device, peers int, s *subscriber) error {
 		if err != nil {
 			return err
 		}
-		k.hook, k.lost, k.subs = hook, 0, make(map[bpf.Device]*subscriber)
+		k.hook, k.lost, k.owed, k.subs = hook, 0, false, make(map[bpf.Device]*subscriber)
 		k.reader.Go(func() { k.read(hook) })
 	}
 	// Before the kernel knows of the device, so that no event finds nobody.
@@ -86,7 +88,7 @@ func (k *Kernel) read(hook *bpf.Hook) {
 		e, drained, err := hook.Read()
 		k.mu.Lock()
 		switch {
-		case errors.Is(err, bpf.ErrClosed):
+		case errors.Is(err, bpf.ErrClosed), k.hook != hook: // by Close, or about to be
 			k.releaseBarrier()
 			k.mu.Unlock()
 			return
@@ -97,9 +99,7 @@ func (k *Kernel) read(hook *bpf.Hook) {
 			if s := k.subs[e.Device]; s != nil {
 				s.event(e)
 			}
-			if drained {
-				err = k.recover(hook)
-			}
+			err = k.recover(hook, drained)
 		}
 		if err != nil {
 			for _, s := range k.subs {
@@ -115,17 +115,23 @@ func (k *Kernel) read(hook *bpf.Hook) {
 	}
 }
 
-// recover looks for events that found the ring buffer full, and delivers the
-// newest of every peer instead.
-func (k *Kernel) recover(hook *bpf.Hook) error {
+// recover looks for events that found the ring buffer full. When that has been
+// drained, it delivers the newest of every peer instead.
+func (k *Kernel) recover(hook *bpf.Hook, drained bool) error {
 	lost, err := hook.Lost()
-	if err != nil || lost == k.lost {
+	if err != nil {
 		return err
 	}
-	k.lost = lost
-	for _, s := range k.subs {
-		s.lost()
+	if lost != k.lost {
+		for _, s := range k.subs {
+			s.lost(!k.owed)
+		}
+		k.lost, k.owed = lost, true
 	}
+	if !k.owed || !drained {
+		return nil
+	}
+	k.owed = false
 	latest, err := hook.Latest()
 	if err != nil {
 		return err
@@ -138,25 +144,34 @@ func (k *Kernel) recover(hook *bpf.Hook) error {
 	return nil
 }
 
-// barrier returns when all events that were in the ring buffer at the time of
-// the call have been handed out.
-func (k *Kernel) barrier() error {
+// barrierWait is how long a barrier waits. So much may come in that there is
+// always more to read.
+const barrierWait = 500 * time.Millisecond
+
+// barrier reports whether all events that were in the ring buffer at the time of
+// the call have been handed out. It waits for that, if not for long.
+func (k *Kernel) barrier(ctx context.Context) (done bool, err error) {
 	k.barriers.Lock()
 	defer k.barriers.Unlock()
 	k.mu.Lock()
 	hook := k.hook
 	if hook == nil {
 		k.mu.Unlock()
-		return nil
+		return true, nil
 	}
 	flushed := make(chan struct{})
 	k.flushed = flushed
 	k.mu.Unlock()
 	if err := hook.Flush(); err != nil {
-		return err
+		return false, err
 	}
-	<-flushed
-	return nil
+	select {
+	case <-flushed:
+		return true, nil
+	case <-time.After(barrierWait):
+	case <-ctx.Done():
+	}
+	return false, nil
 }
 
 // releaseBarrier is called with k.mu held.

@@ -43,6 +43,13 @@ var ErrRekeyed = errors.New("device has a new private key")
 // can cause to one per delay.
 const resyncDelay = 200 * time.Millisecond
 
+// settle is how long a change may take from where it is announced, by the hook
+// or by the applier, until a dump shows it. It takes less than a microsecond,
+// unless the processor is a virtual one and its host has other things to do. It
+// is shorter than resyncDelay, or a dump could come too early to explain
+// anything.
+const settle = 100 * time.Millisecond
+
 // Config describes a Tracker.
 type Config struct {
 	Device  string
@@ -77,7 +84,8 @@ type Status struct {
 	Reason string
 	// Events counts changes of endpoints.
 	Events uint64
-	// Resyncs counts dumps taken because events were lost or out of order.
+	// Resyncs counts dumps taken because events were lost or out of order, or
+	// peers were missing in the one before.
 	Resyncs uint64
 	// SweepRepairs counts peers whose endpoint only the sweep got right. It
 	// stays zero unless something is wrong.
@@ -94,6 +102,7 @@ type Tracker struct {
 	status Status
 	key    wgroam.Key
 	peers  map[wgroam.Key]*peer
+	dumped time.Duration // CLOCK_BOOTTIME, when the newest dump began
 }
 
 // peer is what the tracker remembers of a peer, to put events and dumps into
@@ -104,6 +113,7 @@ type peer struct {
 	// pending is the newest observation while it is not proven; nil if it is.
 	pending  *wgroam.Observation
 	received int64 // bytes, in the newest dump
+	missing  bool  // in the newest dump
 	// With polling: an endpoint that the newest dump showed for the first time,
 	// without a byte received that could have brought it.
 	unexplained netip.AddrPort
@@ -143,7 +153,7 @@ func (t *Tracker) Start() error {
 		rung, reason = RungPolling, err.Error()
 	}
 	t.choose(rung, reason)
-	if err := t.dump(dumpStart); err != nil {
+	if err := t.dump(context.Background(), dumpStart); err != nil {
 		_ = t.cfg.Kernel.unfollow(t.id()) // the reason for failing is the one to report
 		return err
 	}
@@ -191,7 +201,7 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 			case <-time.After(resyncDelay):
 			}
 		}
-		switch err := t.dump(why); {
+		switch err := t.dump(ctx, why); {
 		case errors.Is(err, wg.ErrNoDevice), errors.Is(err, ErrRekeyed):
 			return err
 		case err != nil:
@@ -217,6 +227,11 @@ func (t *Tracker) event(e bpf.Event) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if e.Boot < t.dumped-settle {
+		// Out of the map, where those that are gone are never deleted, or so late
+		// that a dump has overtaken it.
+		return
+	}
 	p := t.peers[e.Peer]
 	if e.Confirmed {
 		if p != nil && p.pending != nil && p.pending.New == e.New {
@@ -245,7 +260,11 @@ func (t *Tracker) event(e bpf.Event) {
 		t.wantDump()
 	}
 	if e.New == p.endpoint {
-		// The other one of two packets that brought the same news.
+		// The other one of two packets that brought the same news. It proves
+		// them if it cannot be a replay.
+		if p.pending != nil && e.Cause.Observed() && e.Cause != wgroam.CauseInitiation {
+			t.prove(p)
+		}
 		return
 	}
 	old := p.endpoint
@@ -257,14 +276,14 @@ func (t *Tracker) event(e bpf.Event) {
 	})
 }
 
-// lost notes that the newest event of every peer is about to be delivered again.
-// Those that had changed before are known by their time.
-func (t *Tracker) lost() {
-	t.mu.Lock()
-	t.status.Resyncs++
-	t.mu.Unlock()
-	// Confirmations are not delivered again.
+// lost notes that events are missing, for the first time since the newest of
+// each peer have been recovered, or once more.
+func (t *Tracker) lost(first bool) {
+	// It has what cannot be recovered, such as confirmations.
 	t.wantDump()
+	if !first {
+		return
+	}
 	t.cfg.Log.Warn("the kernel had more endpoint changes than the ring buffer could hold; "+
 		"taking the newest of each peer", "device", t.cfg.Device)
 }
@@ -311,8 +330,8 @@ const (
 	dumpSweep // or a poll, on the polling rung
 )
 
-// dump reads the device and takes over what differs from the events.
-func (t *Tracker) dump(why dumpReason) error {
+// dump reads the device, and all events from before that.
+func (t *Tracker) dump(ctx context.Context, why dumpReason) error {
 	start, err := bootTime()
 	if err != nil {
 		return err
@@ -323,10 +342,18 @@ func (t *Tracker) dump(why dumpReason) error {
 		return err
 	}
 	// An event from before the dump that still waits would look like a miss.
-	if err := t.cfg.Kernel.barrier(); err != nil {
+	done, err := t.cfg.Kernel.barrier(ctx)
+	if err != nil {
 		return err
 	}
+	if !done && why == dumpSweep {
+		why = dumpResync
+	}
+	return t.take(d, why, start, now)
+}
 
+// take takes over what differs in a dump, which began at start and now.
+func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now time.Time) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.key == (wgroam.Key{}) {
@@ -338,6 +365,7 @@ func (t *Tracker) dump(why dumpReason) error {
 	if why == dumpResync {
 		t.status.Resyncs++
 	}
+	t.dumped = max(t.dumped, start)
 	present := make(map[wgroam.Key]bool, len(d.Peers))
 	for _, dp := range d.Peers {
 		present[dp.Key] = true
@@ -351,8 +379,9 @@ func (t *Tracker) dump(why dumpReason) error {
 			// The confirmation was lost.
 			t.prove(p)
 		}
-		if p.boot >= start {
-			// An event came while the device was being read: it is newer.
+		if known && p.boot >= start-settle {
+			// An event came while the device was being read, or so shortly
+			// before that the kernel may not have acted on it: it is newer.
 			p.received = dp.Received
 			continue
 		}
@@ -377,6 +406,18 @@ func (t *Tracker) dump(why dumpReason) error {
 			continue
 		}
 		if seen && !moved {
+			if now.Sub(held.At) < settle {
+				continue // the applier has announced a write
+			}
+			if spoke && t.status.Rung == RungPolling && !dp.LastHandshake.IsZero() {
+				// The write has happened, and the peer has spoken from its old
+				// place since.
+				t.status.Events++
+				t.tell(p, wgroam.Observation{
+					Peer: dp.Key, Old: held.Endpoint, New: dp.Endpoint, Cause: wgroam.CauseData, At: now,
+				})
+				continue
+			}
 			// The View knows of a write that has not happened.
 			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig, At: now})
 			continue
@@ -412,17 +453,29 @@ func (t *Tracker) dump(why dumpReason) error {
 		}
 		if known {
 			t.status.Events++
-			if why == dumpSweep && t.status.Rung != RungPolling {
+			// A dump that is wanted would have found it, too.
+			if why == dumpSweep && t.status.Rung != RungPolling && len(t.resync) == 0 {
 				t.status.SweepRepairs++
 			}
 		}
 		t.tell(p, o)
 	}
-	for k := range t.peers {
-		if !present[k] {
+	for k, p := range t.peers {
+		switch {
+		case present[k]:
+			p.missing = false
+		case p.boot >= start:
+			// Added meanwhile.
+		case !p.missing:
+			// Gone, or behind a peer that was removed during the dump: the kernel
+			// ends it there (netlink.c, wg_get_device_dump), and wgctrl does not
+			// say so. The next dump knows.
+			p.missing = true
+			t.wantDump()
+		default:
 			delete(t.peers, k)
 		}
 	}
-	t.cfg.View.Keep(func(k wgroam.Key) bool { return present[k] })
+	t.cfg.View.Keep(func(k wgroam.Key) bool { return t.peers[k] != nil })
 	return nil
 }
