@@ -516,7 +516,7 @@ func TestLiveRaces(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close()
+		t.Cleanup(func() { conn.Close() })
 		conns[c] = conn
 	}
 	n := 0

@@ -1,0 +1,519 @@
+// SPDX-License-Identifier: MIT
+
+package bpf
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/wgroam/wgroam/internal/lab"
+)
+
+var families = map[string]uint16{"IPv4": unix.AF_INET, "IPv6": unix.AF_INET6}
+
+// TestUnchangedPath: what the hook does for a packet of a peer that stays where
+// it is. It calls nothing, and the number of its instructions is known.
+func TestUnchangedPath(t *testing.T) {
+	for name, family := range families {
+		n, stores, err := unchangedPath(family)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		t.Logf("%s: %d instructions, %d of them stores", name, n, stores)
+		if n > 64 {
+			t.Errorf("%s: %d instructions, want at most 64: each packet pays for them", name, n)
+		}
+	}
+}
+
+// unchangedPath executes set_peer_endpoint, as it is before the kernel's
+// offsets are put into it, on a peer whose endpoint is the one that a packet
+// brings. It returns the number of instructions from entry to exit. A call, or
+// anything that a comparison does not need, is an error.
+func unchangedPath(family uint16) (n, stores int, err error) {
+	spec, err := loadPeer()
+	if err != nil {
+		return 0, 0, err
+	}
+	at := make(map[asm.RawInstructionOffset]*asm.Instruction)
+	for it := spec.Programs[peerProgSetPeerEndpoint].Instructions.Iterate(); it.Next(); {
+		at[it.Offset] = it.Ins
+	}
+
+	// An address is the number of a piece of memory and an offset into it.
+	// Peer and endpoint hold the family over and over, so that all that is
+	// compared is equal.
+	const ctx, peer, endpoint, stack = 1 << 32, 2 << 32, 3 << 32, 5 << 32
+	args := binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, peer), endpoint)
+	same := bytes.Repeat(binary.LittleEndian.AppendUint16(nil, family), 64)
+	memory := map[uint64][]byte{ctx >> 32: args, peer >> 32: same, endpoint >> 32: same}
+	var regs [11]uint64
+	regs[asm.R1], regs[asm.RFP] = ctx, stack
+
+	for pc := asm.RawInstructionOffset(0); ; {
+		ins := at[pc]
+		if ins == nil {
+			return 0, 0, fmt.Errorf("no instruction at %d", pc)
+		}
+		n++
+		pc++
+		op, operand := ins.OpCode, uint64(ins.Constant)
+		if op.Source() == asm.RegSource {
+			operand = regs[ins.Src]
+		}
+		wide := op.Class() == asm.ALU64Class || op.Class() == asm.JumpClass
+		left := regs[ins.Dst]
+		if !wide {
+			left, operand = uint64(uint32(left)), uint64(uint32(operand))
+		}
+		switch {
+		case op.Class() == asm.LdXClass && op.Mode() == asm.MemMode:
+			addr := regs[ins.Src] + uint64(int64(ins.Offset))
+			piece := memory[addr>>32]
+			from, size := int(uint32(addr)), op.Size().Sizeof()
+			if from+size > len(piece) {
+				return 0, 0, fmt.Errorf("%d: %v: unexpected address", pc-1, ins)
+			}
+			var b [8]byte
+			copy(b[:], piece[from:from+size])
+			regs[ins.Dst] = binary.LittleEndian.Uint64(b[:])
+		case op.Class() == asm.StXClass && op.Mode() == asm.MemMode && ins.Dst == asm.RFP:
+			stores++ // that nothing is read back is seen above
+		case op.Class().IsALU() && op.ALUOp() == asm.Mov:
+			regs[ins.Dst] = operand
+		case op.Class().IsALU() && op.ALUOp() == asm.Add:
+			regs[ins.Dst] = left + operand
+		case op.Class().IsJump() && op.JumpOp() == asm.Exit:
+			return n, stores, nil
+		case op.Class().IsJump() && (op.JumpOp() == asm.Ja ||
+			op.JumpOp() == asm.JEq && left == operand || op.JumpOp() == asm.JNE && left != operand):
+			pc = asm.RawInstructionOffset(int64(pc) + int64(ins.Offset))
+		case op.Class().IsJump() && (op.JumpOp() == asm.JEq || op.JumpOp() == asm.JNE):
+		default:
+			return 0, 0, fmt.Errorf("%d: %v: not part of a comparison", pc-1, ins)
+		}
+	}
+}
+
+// copies is how many programs a benchmark attaches to the same function, to see
+// what one costs that is too cheap to be seen. The kernel allows 38 on amd64
+// (BPF_MAX_TRAMP_LINKS).
+const copies = 32
+
+// BenchmarkHook measures what the hook adds to packets that change nothing.
+func BenchmarkHook(b *testing.B) {
+	if !lab.KernelWireGuard() {
+		b.Skip("the kernel has no WireGuard, or this is not root")
+	}
+	l, err := lab.New(b.Context(), lab.Config{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	gw, c := l.Gateways[0], l.Clients[0]
+	ctx, cancel := context.WithTimeout(b.Context(), patience)
+	defer cancel()
+	if _, err := c.Reach(ctx); err != nil {
+		b.Fatal(err)
+	}
+
+	hook, err := Attach(1)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer hook.Close()
+	// The program on the way of data packets comes and goes; the others stay.
+	last := len(hook.links) - 1
+	if err := hook.links[last].Close(); err != nil {
+		b.Fatal(err)
+	}
+	hook.links = hook.links[:last]
+	hooks, empties := []*ebpf.Program{hook.objs.SetPeerEndpoint}, loadEmpty(b, copies)
+	hooks = append(hooks, loadCopies(b, hook, copies-1)...)
+
+	dev := deviceOf(b, gw, gw.Device())
+	nothing := variant{"nothing attached", nil, hook.Unfollow}
+	empty := variant{"empty program", empties[:1], hook.Unfollow}
+	followed := variant{"hook, device followed", hooks[:1], hook.Follow}
+	single := []variant{nothing, empty, {"hook, device not followed", hooks[:1], hook.Unfollow}, followed}
+	many := []variant{
+		nothing,
+		{fmt.Sprintf("%d empty programs", copies), empties, hook.Unfollow},
+		{fmt.Sprintf("%d hooks, device followed", copies), hooks, hook.Follow},
+	}
+
+	s := newStream(b, c, gw)
+	s.push(b, 5000) // warm up
+	b.Run("packets", func(b *testing.B) {
+		const rounds, packets = 30, 1_000
+		ns := compare(b, dev, single, rounds, func() float64 { return s.push(b, packets) })
+		b.ReportMetric(quantile(ns[3], 0.5), "ns/packet")
+		b.ReportMetric(quantile(ratios(ns[3], ns[0]), 0.5), "ratio")
+		b.Logf("%s\n%s; %d rounds of %d packets.\n%s\n%s", kernel(), pushMethod, rounds, packets, roundsMethod, packetTable(single, ns))
+	})
+	b.Run(fmt.Sprintf("packets/%dx", copies), func(b *testing.B) {
+		const rounds, packets = 10, 2_000
+		ns := compare(b, dev, many, rounds, func() float64 { return s.push(b, packets) })
+		one := func(i int) float64 { return quantile(differences(ns[i], ns[0]), 0.5) / copies }
+		b.ReportMetric(one(2), "ns-added/hook")
+		b.ReportMetric(one(1), "ns-added/empty")
+		b.Logf("%s\nThe same with %d programs on one function, so that what they add can be told from noise; %d rounds of %d packets.\n%s"+
+			"A %d-th of what is added: %.0f ns for an empty program, %.0f ns for the hook, which is %.2f %% of a packet's %.0f ns.",
+			kernel(), copies, rounds, packets, packetTable(many, ns), copies, one(1), one(2),
+			100*one(2)/quantile(ns[0], 0.5), quantile(ns[0], 0.5))
+	})
+	b.Run("throughput", func(b *testing.B) { throughput(b, c, gw, dev, []variant{nothing, followed}) })
+	for _, family := range []string{"IPv4", "IPv6"} {
+		b.Run("own-time/"+family, func(b *testing.B) { ownTime(b, s, dev, []variant{empty, followed}, family) })
+		if _, err := c.RoamFamily(); err != nil {
+			b.Fatal(err)
+		}
+		s.push(b, 100)
+	}
+}
+
+// loadEmpty loads programs that return at once: what any program costs.
+func loadEmpty(b *testing.B, n int) []*ebpf.Program {
+	b.Helper()
+	var out []*ebpf.Program
+	for range n {
+		prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+			Name: "empty", Type: ebpf.Tracing, AttachType: ebpf.AttachTraceFEntry,
+			AttachTo:     "wg_socket_set_peer_endpoint",
+			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+			License:      "Dual MIT/GPL",
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { prog.Close() })
+		out = append(out, prog)
+	}
+	return out
+}
+
+// loadCopies loads the hook's program again, with its maps: the kernel does not
+// attach one program twice.
+func loadCopies(b *testing.B, hook *Hook, n int) []*ebpf.Program {
+	b.Helper()
+	var out []*ebpf.Program
+	for range n {
+		spec, err := loadPeer()
+		if err != nil {
+			b.Fatal(err)
+		}
+		var objs struct {
+			SetPeerEndpoint *ebpf.Program `ebpf:"set_peer_endpoint"`
+		}
+		spec.Maps[peerMapLatest].MaxEntries = hook.objs.Latest.MaxEntries() // Attach sets it
+		err = spec.LoadAndAssign(&objs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+			peerMapDevices: hook.objs.Devices, peerMapLatest: hook.objs.Latest,
+			peerMapEvents: hook.objs.Events, peerMapHandshakes: hook.objs.Handshakes,
+		}})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { objs.SetPeerEndpoint.Close() })
+		out = append(out, objs.SetPeerEndpoint)
+	}
+	return out
+}
+
+// variant is what can be on the way of a data packet.
+type variant struct {
+	name   string
+	progs  []*ebpf.Program
+	follow func(Device) error
+}
+
+func (v variant) attach(b *testing.B, dev Device) (detach func()) {
+	b.Helper()
+	if err := v.follow(dev); err != nil {
+		b.Fatal(err)
+	}
+	var links []link.Link
+	for _, prog := range v.progs {
+		l, err := link.AttachTracing(link.TracingOptions{Program: prog})
+		if err != nil {
+			b.Fatal(err)
+		}
+		links = append(links, l)
+	}
+	return func() {
+		for _, l := range links {
+			if err := l.Close(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+}
+
+const roundsMethod = "The variants follow each other in every round, in reverse order in every other one. Ratio and added time are\n" +
+	"medians over the rounds, each against the same round with nothing attached."
+
+// compare does the same work with every variant in turn. It returns what work
+// returned, by variant and round.
+func compare(b *testing.B, dev Device, variants []variant, rounds int, work func() float64) [][]float64 {
+	b.Helper()
+	b.ReportMetric(0, "ns/op")
+	out := make([][]float64, len(variants))
+	for round := range rounds {
+		for i := range variants {
+			if round%2 == 1 {
+				i = len(variants) - 1 - i
+			}
+			detach := variants[i].attach(b, dev)
+			out[i] = append(out[i], work())
+			detach()
+		}
+	}
+	return out
+}
+
+func ratios(values, base []float64) []float64 {
+	out := make([]float64, len(values))
+	for i := range values {
+		out[i] = values[i] / base[i]
+	}
+	return out
+}
+
+func differences(values, base []float64) []float64 {
+	out := make([]float64, len(values))
+	for i := range values {
+		out[i] = values[i] - base[i]
+	}
+	return out
+}
+
+func packetTable(variants []variant, ns [][]float64) string {
+	return columns(func(w io.Writer) {
+		fmt.Fprintln(w, "packets/s\tns/packet\tfastest tenth\tadded ns\tratio\tits quartiles\t  variant")
+		for i, v := range variants {
+			r := ratios(ns[i], ns[0])
+			fmt.Fprintf(w, "%.0f\t%.0f\t%.0f\t%+.0f\t%.3f\t%.3f to %.3f\t  %s\n",
+				1e9/quantile(ns[i], 0.5), quantile(ns[i], 0.5), quantile(ns[i], 0.1), quantile(differences(ns[i], ns[0]), 0.5),
+				quantile(r, 0.5), quantile(r, 0.25), quantile(r, 0.75), v.name)
+		}
+	})
+}
+
+// stream is UDP traffic through the tunnel from a client to a gateway.
+type stream struct {
+	tx net.Conn
+	rx net.PacketConn
+}
+
+func newStream(b *testing.B, c *lab.Client, gw *lab.Gateway) *stream {
+	b.Helper()
+	const port = 9999
+	s := &stream{}
+	err := gw.Do(func() (err error) {
+		s.rx, err = net.ListenPacket("udp4", fmt.Sprintf(":%d", port))
+		return err
+	})
+	if err == nil {
+		s.tx, err = c.Dial(b.Context(), "udp4", port)
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { s.tx.Close(); s.rx.Close() })
+	return s
+}
+
+const pushMethod = "UDP, 64 bytes, client to gateway through kernel WireGuard, a window of 128 under way"
+
+// push sends n datagrams of 64 bytes and returns how many nanoseconds each took
+// until the last was received. No more than a window of them is under way, so
+// that none is dropped and the processors are busy with those that count.
+func (s *stream) push(b *testing.B, n int) float64 {
+	b.Helper()
+	const batch, window = 16, 8
+	free := make(chan struct{}, window)
+	failed := make(chan error, 1)
+	start := time.Now()
+	go func() {
+		var buf [64]byte
+		for i := range n {
+			if i%batch == 0 {
+				free <- struct{}{}
+			}
+			if _, err := s.tx.Write(buf[:]); err != nil {
+				failed <- err
+				return
+			}
+		}
+		failed <- nil
+	}()
+	var buf [128]byte
+	for i := range n {
+		if i%batch == 0 {
+			if err := s.rx.SetReadDeadline(time.Now().Add(patience)); err != nil {
+				b.Fatal(err)
+			}
+		}
+		if _, _, err := s.rx.ReadFrom(buf[:]); err != nil {
+			b.Fatalf("datagram %d of %d: %v", i, n, err)
+		}
+		if i%batch == batch-1 {
+			<-free
+		}
+	}
+	took := time.Since(start)
+	if err := <-failed; err != nil {
+		b.Fatal(err)
+	}
+	return float64(took.Nanoseconds()) / float64(n)
+}
+
+// throughput compares a bulk transfer without and with the hook.
+func throughput(b *testing.B, c *lab.Client, gw *lab.Gateway, dev Device, variants []variant) {
+	const rounds, stint, settle, port = 16, 700 * time.Millisecond, 300 * time.Millisecond, 5001
+	var listener net.Listener
+	if err := gw.Do(func() (err error) {
+		listener, err = net.Listen("tcp4", fmt.Sprintf(":%d", port))
+		return err
+	}); err != nil {
+		b.Fatal(err)
+	}
+	defer listener.Close()
+	ctx, cancel := context.WithTimeout(b.Context(), patience)
+	defer cancel()
+	tx, err := c.Dial(ctx, "tcp4", port)
+	if err != nil {
+		b.Fatal(err)
+	}
+	rx, err := listener.Accept()
+	if err != nil {
+		b.Fatal(err)
+	}
+	// Both ends go on while programs come and go: a pause would cost TCP its speed.
+	var ends sync.WaitGroup
+	var received atomic.Int64
+	ends.Go(func() {
+		buf := make([]byte, 64<<10)
+		for {
+			if _, err := tx.Write(buf); err != nil {
+				return // closed below
+			}
+		}
+	})
+	ends.Go(func() {
+		buf := make([]byte, 256<<10)
+		for {
+			n, err := rx.Read(buf)
+			if err != nil {
+				return // closed below
+			}
+			received.Add(int64(n))
+		}
+	})
+	defer func() { rx.Close(); tx.Close(); ends.Wait() }()
+	rate := func(d time.Duration) float64 { // MB/s
+		start, before := time.Now(), received.Load()
+		<-time.After(d)
+		return float64(received.Load()-before) / time.Since(start).Seconds() / 1e6
+	}
+	rate(2 * time.Second) // until TCP has found its speed
+	mb := compare(b, dev, variants, rounds, func() float64 { rate(settle); return rate(stint) })
+	r := ratios(mb[1], mb[0])
+	b.ReportMetric(quantile(mb[1], 0.5), "MB/s")
+	b.ReportMetric(quantile(r, 0.5), "ratio")
+	b.Logf("%s\nTCP, one connection, client to gateway through kernel WireGuard, without and with the hook; %d rounds of %v each. Client\n"+
+		"and gateway share the kernel: the hook runs for the acknowledgements at the client as well. Ratio: with to without,\n"+
+		"median of the rounds.\n%s",
+		kernel(), rounds, stint, columns(func(w io.Writer) {
+			fmt.Fprintln(w, "MB/s without\twith\tratio\tits quartiles\t")
+			fmt.Fprintf(w, "%.2f\t%.2f\t%.3f\t%.3f to %.3f\t\n", quantile(mb[0], 0.5), quantile(mb[1], 0.5),
+				quantile(r, 0.5), quantile(r, 0.25), quantile(r, 0.75))
+		}))
+}
+
+// ownTime reads the kernel's account of the programs' own time.
+func ownTime(b *testing.B, s *stream, dev Device, variants []variant, family string) {
+	const rounds, packets = 20, 1_000
+	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer stats.Close()
+	read := func(prog *ebpf.Program) *ebpf.ProgramStats {
+		st, err := prog.Stats()
+		if err != nil {
+			b.Fatal(err)
+		}
+		return st
+	}
+	var ns [2][]float64
+	for range rounds {
+		for i, v := range variants {
+			before := read(v.progs[0])
+			detach := v.attach(b, dev)
+			s.push(b, packets)
+			detach()
+			after := read(v.progs[0])
+			runs := after.RunCount - before.RunCount
+			if runs < packets || runs > packets+packets/10 {
+				b.Fatalf("%s ran %d times for %d packets", v.name, runs, packets)
+			}
+			ns[i] = append(ns[i], float64((after.Runtime-before.Runtime).Nanoseconds())/float64(runs))
+		}
+	}
+	net := quantile(differences(ns[1], ns[0]), 0.5)
+	n, stores, err := unchangedPath(families[family])
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(quantile(ns[1], 0.5), "ns/run")
+	b.ReportMetric(net, "ns/run-net")
+	b.ReportMetric(float64(n), "insns/run")
+	b.Logf("%s\nrun_time_ns / run_cnt of the programs under kernel.bpf_stats_enabled, a run for each packet, none of which changes\n"+
+		"anything; %s outside, %d rounds of %d packets for each program by turns. Both include the reading of the clock; hook\n"+
+		"less empty, median of the rounds: %.0f ns. BPF instructions of a run, by walking the object file: %d, of them %d stores.\n%s",
+		kernel(), family, rounds, packets, net, n, stores, columns(func(w io.Writer) {
+			fmt.Fprintln(w, "ns/run\tquartiles\t  program")
+			for i, v := range variants {
+				fmt.Fprintf(w, "%.0f\t%.0f to %.0f\t  %s\n", quantile(ns[i], 0.5), quantile(ns[i], 0.25), quantile(ns[i], 0.75), v.name)
+			}
+		}))
+}
+
+func kernel() string {
+	var u unix.Utsname
+	_ = unix.Uname(&u) // cannot fail with a valid address
+	return "Linux " + unix.ByteSliceToString(u.Release[:])
+}
+
+// quantile returns the q-th quantile, 0 to 1.
+func quantile(values []float64, q float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[int(q*float64(len(sorted)-1)+0.5)]
+}
+
+// columns aligns what f prints: cells end with a tab, rows with a line feed.
+func columns(f func(w io.Writer)) string {
+	var out strings.Builder
+	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	f(w)
+	w.Flush()
+	return out.String()
+}
