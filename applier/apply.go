@@ -15,6 +15,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -155,12 +156,18 @@ func (a *Applier) Run(ctx context.Context) {
 // those that have failed, and the peers among those it has looked at whose
 // endpoint is unconfirmed.
 func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Record, unconfirmed []wgroam.Key) {
+	var again []wgroam.Key
 	for len(out) < wg.ChunkPeers {
 		keys := a.changes.Take(wg.ChunkPeers - len(out))
 		if len(keys) == 0 {
 			break
 		}
 		for _, k := range keys {
+			if slices.ContainsFunc(out, func(r wgroam.Record) bool { return r.Peer == k }) {
+				// It has changed again meanwhile, and has its turn after this write.
+				again = append(again, k)
+				continue
+			}
 			r, state := a.decide(k)
 			v, tried := failed[k]
 			switch {
@@ -170,6 +177,9 @@ func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Reco
 				out = append(out, r)
 			}
 		}
+	}
+	for _, k := range again {
+		a.changes.Mark(k)
 	}
 	return out, unconfirmed
 }

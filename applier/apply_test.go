@@ -184,6 +184,38 @@ func TestApply(t *testing.T) {
 	})
 }
 
+// TestChurn: peers that change faster than they can be looked at. No write has a
+// peer twice, and the last word counts.
+func TestChurn(t *testing.T) {
+	a, d, table := newApplier(t)
+	const peers, changes = 4, 3000
+	for i := range peers {
+		d.has(key(i), netip.AddrPort{}, 0)
+	}
+	run(t, a)
+	var wg sync.WaitGroup
+	for i := range peers {
+		wg.Go(func() {
+			for n := range changes {
+				table.Merge(record(key(i), at(n+1), n+1))
+			}
+		})
+	}
+	wg.Wait()
+	deadline := time.After(20 * time.Second)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for i := range peers {
+		for a.State(key(i)) != StateYes || d.endpoints()[key(i)] != at(changes) {
+			select {
+			case <-tick.C:
+			case <-deadline:
+				t.Fatalf("peer %d is at %v, want %v", i, d.endpoints()[key(i)], at(changes))
+			}
+		}
+	}
+}
+
 // TestWaiting: a record of a peer that the device does not have waits for it.
 func TestWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -379,8 +411,8 @@ func TestGone(t *testing.T) {
 	}
 }
 
-// TestOverride: an administrator's endpoint stands until the peer is seen
-// elsewhere.
+// TestUnconfirmed: an endpoint from the beginning of a handshake stands until the
+// end should have followed.
 func TestUnconfirmed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, d, table := newApplier(t)
@@ -417,6 +449,8 @@ func TestUnconfirmed(t *testing.T) {
 	})
 }
 
+// TestOverride: an administrator's endpoint stands until the peer is seen
+// elsewhere.
 func TestOverride(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, d, table := newApplier(t)

@@ -198,8 +198,9 @@ func (m *Merger) node(h feed.Header) *node {
 		n = &node{}
 		m.nodes[h.Node] = n
 	}
-	if h.Boot > n.boot {
-		// New to us, or restarted.
+	if h.Boot > n.boot || h.Boot < n.boot && time.Since(n.heard) > staleAfter {
+		// New to us, or restarted. If its clock was ahead the last time, the boot
+		// is earlier now; so is that of an old message, of a node that lives.
 		n.boot, n.seq, n.suspect = h.Boot, h.Seq, true
 	}
 	return n

@@ -248,6 +248,34 @@ func TestNewBoot(t *testing.T) {
 	}
 }
 
+// TestBootGoesBack: a node whose clock was ahead restarts with the right time. It
+// is not taken for what it was before once that has fallen silent.
+func TestBootGoesBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMerger(nil)
+		m.Beat(beat(100, 7, m.sum()))
+		m.Beat(beat(50, 3, 42)) // late, or repeated by whoever kept it
+		if asks(m) || m.Nodes()[0].State != NodeSynced {
+			t.Errorf("nodes %+v", m.Nodes())
+		}
+		time.Sleep(staleAfter + time.Millisecond)
+		m.Beat(beat(50, 3, 42))
+		if !asks(m) {
+			t.Error("does not ask a node that has restarted")
+		}
+		m.Beat(beat(50, 3, m.sum()))
+		if n := m.Nodes()[0]; n.State == NodeStale || n.Heard != time.Now() {
+			t.Errorf("node %+v", n)
+		}
+		m.Update(update(50, 4, seen(1)))
+		asks(m)
+		m.Update(update(50, 6, seen(2)))
+		if !asks(m) {
+			t.Error("does not see a gap")
+		}
+	})
+}
+
 // TestStill: digests of tables that move mean nothing; of tables that stand
 // still they do, and of those that never stand still, now and then.
 func TestStill(t *testing.T) {

@@ -433,7 +433,7 @@ func TestLiveApplier(t *testing.T) {
 // what is over, and none has anything to repair.
 func TestLiveSweeps(t *testing.T) {
 	needKernel(t)
-	const clients, roams = 6, 12
+	const clients, roams = 5, 9
 	l := newLab(t, lab.Config{Clients: clients})
 	gw := l.Gateways[0]
 	v := startWith(t, gw, shared, 5*time.Millisecond)
@@ -528,7 +528,7 @@ func TestLiveRaces(t *testing.T) {
 		}
 		v.configure(a.Key(), ep)
 	}
-	const rounds = 12
+	const rounds = 8
 	for round := range rounds {
 		// A session for each: the gateway keeps one more than the newest.
 		for _, c := range []*lab.Client{a, b} {
