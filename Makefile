@@ -5,7 +5,7 @@ PREFIX ?= /usr/local
 KERNEL ?= 6.1 6.12
 RUN    ?= .
 # The packages whose tests also run in the machine, on a kernel with WireGuard.
-VM_PACKAGES ?= ./bpf ./tracker ./test
+VM_PACKAGES ?= ./bpf ./internal/wg ./tracker ./test
 
 CLANG_FORMAT     := clang-format-19
 GOLANGCI_VERSION := 2.15.0

@@ -110,9 +110,9 @@ func needWireGuard(t testing.TB) {
 	if slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
 		return s.Key == "-tags" && slices.Contains(strings.Split(s.Value, ","), "vm")
 	}) {
-		t.Fatalf("%s has no WireGuard", kernel())
+		t.Fatalf("kernel %s has no WireGuard", kernel())
 	}
-	t.Skipf("%s has no WireGuard", kernel())
+	t.Skipf("kernel %s has no WireGuard", kernel())
 }
 
 // site is a gateway whose device the hook follows, with a client.

@@ -406,13 +406,14 @@ func TestLiveApplier(t *testing.T) {
 	gw, c := l.Gateways[0], l.Clients[0]
 	reach(t, c)
 	v := start(t, gw, polled(t))
+	v.stop() // the polls are ours
 	before, _ := v.said()
 	for i := range 20 {
 		ep := at(i)
 		v.view.Set(c.Key(), wgroam.Holding{Endpoint: ep, Cause: wgroam.CauseConfig, At: time.Now()})
 		v.configure(c.Key(), ep)
 		for range 2 {
-			if err := v.dump(t.Context(), dumpSweep); err != nil { // beside those of Run
+			if err := v.dump(t.Context(), dumpSweep); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -424,9 +425,13 @@ func TestLiveApplier(t *testing.T) {
 		t.Errorf("the applier's writes were reported: %+v", after[len(before):])
 	}
 	reach(t, c)
-	if h := v.awaitAt(c, c.Endpoint()); h.Cause != wgroam.CauseData {
-		t.Errorf("the view has %+v, want cause %v", h, wgroam.CauseData)
-	}
+	await(t, "the client's packet is counted", func() bool {
+		if err := v.dump(t.Context(), dumpSweep); err != nil {
+			t.Fatal(err)
+		}
+		h, _ := v.view.Get(c.Key())
+		return h.Endpoint == c.Endpoint() && h.Cause == wgroam.CauseData
+	})
 }
 
 // TestLiveSweeps: a dump every few milliseconds, while peers roam. None reports

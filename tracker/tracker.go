@@ -405,10 +405,10 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			p.endpoint = dp.Endpoint
 			continue
 		}
+		if seen && (!moved || t.status.Rung == RungPolling) && held.Cause == wgroam.CauseConfig && now.Sub(held.At) < settle {
+			continue // the applier has announced a write, maybe since the dump
+		}
 		if seen && !moved {
-			if now.Sub(held.At) < settle {
-				continue // the applier has announced a write
-			}
 			if spoke && t.status.Rung == RungPolling && !dp.LastHandshake.IsZero() {
 				// The write has happened, and the peer has spoken from its old
 				// place since.
