@@ -398,6 +398,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			}
 			continue
 		}
+		received := p.received
 		p.received = dp.Received
 		if seen && held.Endpoint == dp.Endpoint {
 			// Nothing new, or what the applier has just written: with polling,
@@ -406,7 +407,12 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			continue
 		}
 		if seen && (!moved || t.status.Rung == RungPolling) && held.Cause == wgroam.CauseConfig && now.Sub(held.At) < settle {
-			continue // the applier has announced a write, maybe since the dump
+			// The applier has announced a write, maybe since the dump. The next
+			// dump knows, and what the peer has said may explain it.
+			if moved {
+				p.received = received
+			}
+			continue
 		}
 		if seen && !moved {
 			if spoke && t.status.Rung == RungPolling && !dp.LastHandshake.IsZero() {

@@ -532,6 +532,15 @@ func TestPolling(t *testing.T) {
 			},
 			ep: at(3), cause: wgroam.CauseConfig,
 		},
+		"the applier's write, and a roam at once": {
+			feed: func(f *fed) {
+				note(f, 990, at(2))
+				f.dumped(1000, dumpSweep, peer(at(3), 200))
+				f.dumped(2000, dumpSweep, peer(at(3), 200))
+			},
+			changed: []said{{alice, at(1), at(3), wgroam.CauseData}},
+			ep:      at(3), cause: wgroam.CauseData,
+		},
 		"the applier has yet to write": {
 			feed: func(f *fed) {
 				note(f, 999, at(2))

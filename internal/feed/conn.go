@@ -236,6 +236,10 @@ func (c *conn) connected(again bool) {
 	if closing {
 		return
 	}
+	// The subscriptions have been sent; wait until the server has them, or what is
+	// asked for now may be followed by something that is missed. If it does not
+	// answer, the next beat tells.
+	_ = c.nc.Load().FlushTimeout(dialTimeout)
 	if was := c.up.Swap(true); !was {
 		c.l.log.Info("feed connected", "conn", c.name)
 	} else if !again {
