@@ -459,7 +459,15 @@ func TestOverride(t *testing.T) {
 		table.Merge(record(key(1), at(1), 1))
 		synctest.Wait()
 
-		d.has(key(1), at(99), wgroam.CauseConfig)
+		// Somebody asks before the event of it is here.
+		time.Sleep(time.Millisecond)
+		override := wgroam.Holding{Endpoint: at(99), Cause: wgroam.CauseConfig, At: time.Now()}
+		d.mu.Lock()
+		d.held[key(1)] = at(99)
+		d.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		wantState(t, a, key(1), StateYes)
+		d.view.Set(key(1), override)
 		synctest.Wait()
 		wantState(t, a, key(1), StateOverridden)
 		if got := d.endpoints()[key(1)]; got != at(99) {
@@ -526,6 +534,44 @@ func TestLateWrite(t *testing.T) {
 				}
 				if got := d.endpoints()[key(1)]; got != at(3) {
 					t.Errorf("device has %v, want %v", got, at(3))
+				}
+				wantState(t, a, key(1), StateYes)
+			})
+		})
+	}
+}
+
+// TestLateEvent: the device was given another endpoint, and before we hear of it
+// a newer record comes that agrees with what we know. It wins when we do hear.
+func TestLateEvent(t *testing.T) {
+	for _, cause := range []wgroam.Cause{wgroam.CauseData, wgroam.CauseConfig} {
+		t.Run(cause.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a, d, table := newApplier(t)
+				run(t, a)
+				d.has(key(1), at(1), wgroam.CauseData)
+				table.Merge(record(key(1), at(1), 1))
+				synctest.Wait()
+
+				time.Sleep(time.Second)
+				changed := time.Now()
+				d.mu.Lock()
+				d.held[key(1)] = at(2)
+				d.mu.Unlock()
+				time.Sleep(time.Millisecond)
+				table.Merge(record(key(1), at(1), 3))
+				synctest.Wait()
+				wantState(t, a, key(1), StateYes)
+
+				time.Sleep(time.Millisecond)
+				a.State(key(1)) // asking changes nothing
+				d.view.Set(key(1), wgroam.Holding{Endpoint: at(2), Cause: cause, At: changed})
+				if cause.Observed() {
+					table.Merge(record(key(1), at(2), 2))
+				}
+				synctest.Wait()
+				if got := d.endpoints()[key(1)]; got != at(1) {
+					t.Errorf("device has %v, want %v", got, at(1))
 				}
 				wantState(t, a, key(1), StateYes)
 			})
