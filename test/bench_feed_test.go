@@ -207,7 +207,7 @@ func BenchmarkHop(b *testing.B) {
 	b.ReportMetric(quantile(hop, 0.99).Seconds()*1e6, "us-p99")
 	b.ReportMetric(quantile(hop, 0.5).Seconds()/quantile(bare, 0.5).Seconds(), "ratio")
 	b.Logf("%s\nOne record: Table, publisher, NATS server, merger, Table. Two nodes in one process, a server each, connected both ways\n"+
-		"over loopback with TLS, idle; %d times, by turns with a bare NATS message of as many bytes over the same servers and\n"+
-		"as many connections. No device is written.\n%s",
+		"over loopback with TLS, idle; %d times, by turns with a bare NATS message of as many bytes over the same server and\n"+
+		"the same kinds of connections. No device is written.\n%s",
 		kernel(), samples, plot(latencies{"wgroam", hop}, latencies{"bare NATS", bare}))
 }

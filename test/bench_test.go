@@ -89,9 +89,9 @@ type change struct {
 	endpoint netip.AddrPort
 }
 
-// hookRecorder hears of changes from a kernel hook of its own: their
-// times are the kernel's, on one clock, and nothing has to be started beside
-// the daemons.
+// hookRecorder hears of changes from a kernel hook of its own: their times are
+// the kernel's, on one clock, and no other process has to be awake while the
+// daemons work.
 type hookRecorder struct {
 	b      *testing.B
 	hook   *bpf.Hook
@@ -340,7 +340,7 @@ func BenchmarkPeers(b *testing.B) {
 			b.ReportMetric(all[len(all)-1].full.all/1e6, "MB-resident")
 			b.ReportMetric(all[len(all)-1].rate(), "peers/s")
 			if len(all) == len(sizes) {
-				b.Logf("%s\n%s", kernel(), burdens(all))
+				b.Logf("%s\n%s", kernel(), burdens(all)) // testing prints ten lines, no more
 			}
 		})
 	}
@@ -358,9 +358,8 @@ func (c burden) rate() float64 { return float64(c.peers) / c.storm.Seconds() }
 func burdens(all []burden) string {
 	least, most := all[0], all[len(all)-1]
 	each := func(f func(burden) float64) float64 { return (f(most) - f(least)) / float64(most.peers-least.peers) }
-	return fmt.Sprintf("A daemon beside another node. Memory: VmRSS of its process, and RssAnon, which leaves out the program file and the\n"+
-		"ring buffer; as configured, and when the other node has seen every peer. Storm: from the first of those\n"+
-		"records in that node's Table to the last endpoint in the daemon's device, by the kernel hook's clock.\n%s"+
+	return fmt.Sprintf("A daemon's VmRSS, and RssAnon, which leaves out the program file and the ring buffer: as configured, and when another\n"+
+		"node has seen every peer. Storm: from the first of its records in its Table to the last endpoint in our device.\n%s"+
 		"A peer without record takes %.0f bytes, with one %.0f (anonymous, from the difference of %d and %d peers).",
 		columns(func(w io.Writer) {
 			fmt.Fprintln(w, "peers\tresident\tanonymous\twith records\tanonymous\tstorm\tpeers/s\t")
