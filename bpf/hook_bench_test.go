@@ -8,12 +8,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"net"
 	"slices"
 	"strings"
 	"testing"
 	"text/tabwriter"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -157,11 +155,15 @@ func BenchmarkHook(b *testing.B) {
 		{fmt.Sprintf("%d hooks, device followed", copies), hooks, hook.Follow},
 	}
 
-	s := newStream(b, c, gw)
-	s.push(b, 5000, small) // warm up
+	s, err := lab.NewStream(b.Context(), c, gw)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(s.Close)
+	push(b, s, 5000, small) // warm up
 	b.Run("packets", func(b *testing.B) {
 		const rounds, packets = 30, 1_000
-		ns := compare(b, dev, single, rounds, func() float64 { return s.push(b, packets, small) })
+		ns := compare(b, dev, single, rounds, func() float64 { return push(b, s, packets, small) })
 		b.ReportMetric(quantile(ns[3], 0.5), "ns/packet")
 		b.ReportMetric(quantile(ratios(ns[3], ns[0]), 0.5), "ratio")
 		b.Logf("%s\n%s; datagrams of %d bytes, %d rounds of %d.\n%s\n%s",
@@ -169,7 +171,7 @@ func BenchmarkHook(b *testing.B) {
 	})
 	b.Run(fmt.Sprintf("packets/%dx", copies), func(b *testing.B) {
 		const rounds, packets = 20, 1_000
-		ns := compare(b, dev, many, rounds, func() float64 { return s.push(b, packets, small) })
+		ns := compare(b, dev, many, rounds, func() float64 { return push(b, s, packets, small) })
 		one := func(i int) float64 { return quantile(differences(ns[i], ns[0]), 0.5) / copies }
 		b.ReportMetric(one(2), "ns-added/hook")
 		b.ReportMetric(one(1), "ns-added/empty")
@@ -180,7 +182,7 @@ func BenchmarkHook(b *testing.B) {
 	})
 	b.Run("throughput", func(b *testing.B) {
 		const rounds, packets, size = 24, 1_000, 1_392 // fills the tunnel's MTU of 1420
-		ns := compare(b, dev, []variant{nothing, followed}, rounds, func() float64 { return s.push(b, packets, size) })
+		ns := compare(b, dev, []variant{nothing, followed}, rounds, func() float64 { return push(b, s, packets, size) })
 		mb := func(i int) float64 { return size / quantile(ns[i], 0.5) * 1e3 }
 		r := ratios(ns[0], ns[1])
 		b.ReportMetric(mb(1), "MB/s")
@@ -198,7 +200,7 @@ func BenchmarkHook(b *testing.B) {
 		if _, err := c.RoamFamily(); err != nil {
 			b.Fatal(err)
 		}
-		s.push(b, 100, small)
+		push(b, s, 100, small)
 	}
 }
 
@@ -330,83 +332,23 @@ func packetTable(variants []variant, ns [][]float64) string {
 	})
 }
 
-// stream is UDP traffic through the tunnel from a client to a gateway.
-type stream struct {
-	tx net.Conn
-	rx *net.UDPConn
-}
-
-func newStream(b *testing.B, c *lab.Client, gw *lab.Gateway) *stream {
-	b.Helper()
-	const port = 9999
-	s := &stream{}
-	err := gw.Do(func() (err error) {
-		s.rx, err = net.ListenUDP("udp4", &net.UDPAddr{Port: port})
-		return err
-	})
-	if err == nil {
-		err = s.rx.SetReadBuffer(1 << 20) // for the whole window
-	}
-	if err == nil {
-		s.tx, err = c.Dial(b.Context(), "udp4", port)
-	}
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { s.tx.Close(); s.rx.Close() })
-	return s
-}
-
 const (
 	small      = 64
-	pushMethod = "UDP, client to gateway through kernel WireGuard, a window of 128 under way"
+	pushMethod = "UDP, client to gateway through kernel WireGuard, a window of 64 under way"
 )
 
-// push sends n datagrams and returns how many nanoseconds each took until the
-// last was received. No more than a window of them is under way, so
-// that none is dropped and the processors are busy with those that count.
-func (s *stream) push(b *testing.B, n, size int) float64 {
+// push returns how many nanoseconds each of n datagrams took.
+func push(b *testing.B, s *lab.Stream, n, size int) float64 {
 	b.Helper()
-	const batch, window = 16, 8
-	free := make(chan struct{}, window)
-	failed := make(chan error, 1)
-	start := time.Now()
-	go func() {
-		buf := make([]byte, size)
-		for i := range n {
-			if i%batch == 0 {
-				free <- struct{}{}
-			}
-			if _, err := s.tx.Write(buf); err != nil {
-				failed <- err
-				return
-			}
-		}
-		failed <- nil
-	}()
-	buf := make([]byte, size)
-	for i := range n {
-		if i%batch == 0 {
-			if err := s.rx.SetReadDeadline(time.Now().Add(patience)); err != nil {
-				b.Fatal(err)
-			}
-		}
-		if _, _, err := s.rx.ReadFrom(buf); err != nil {
-			b.Fatalf("datagram %d of %d: %v", i, n, err)
-		}
-		if i%batch == batch-1 {
-			<-free
-		}
-	}
-	took := time.Since(start)
-	if err := <-failed; err != nil {
+	took, err := s.Push(n, size)
+	if err != nil {
 		b.Fatal(err)
 	}
 	return float64(took.Nanoseconds()) / float64(n)
 }
 
 // ownTime reads the kernel's account of the programs' own time.
-func ownTime(b *testing.B, s *stream, dev Device, variants []variant, family string) {
+func ownTime(b *testing.B, s *lab.Stream, dev Device, variants []variant, family string) {
 	const rounds, packets = 20, 1_000
 	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
 	if err != nil {
@@ -425,7 +367,7 @@ func ownTime(b *testing.B, s *stream, dev Device, variants []variant, family str
 		for i, v := range variants {
 			before := read(v.progs[0])
 			detach := v.attach(b, dev)
-			s.push(b, packets, small)
+			push(b, s, packets, small)
 			detach()
 			after := read(v.progs[0])
 			runs := after.RunCount - before.RunCount

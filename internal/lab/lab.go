@@ -79,6 +79,8 @@ type Config struct {
 	Clients int
 	// Keepalive is the clients' persistent keepalive, in whole seconds; 0 is off.
 	Keepalive time.Duration
+	// Userspace makes the WireGuard devices wireguard-go's, whatever the kernel has.
+	Userspace bool
 	// Log receives what wireguard-go says; nil discards it.
 	Log *slog.Logger
 }
@@ -127,7 +129,7 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Lab{Kernel: KernelWireGuard(), prefix: prefix}
+	l := &Lab{Kernel: !cfg.Userspace && KernelWireGuard(), prefix: prefix}
 	if err := l.build(ctx, cfg); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MIT
+
+package test
+
+import (
+	"fmt"
+	"io"
+	"testing"
+
+	"github.com/wgroam/wgroam/internal/lab"
+)
+
+// BenchmarkThroughput compares what goes through a gateway without and with a
+// daemon, by whatever rung follows the device: kernel WireGuard where the
+// kernel has it, and wireguard-go.
+func BenchmarkThroughput(b *testing.B) {
+	b.Run("kernel", func(b *testing.B) {
+		if !lab.KernelWireGuard() {
+			b.Skip("the kernel has no WireGuard, or this is not root")
+		}
+		throughput(b, lab.Config{}, 400)
+	})
+	b.Run("wireguard-go", func(b *testing.B) {
+		packets := 40_000
+		if lab.KernelWireGuard() {
+			packets = 400 // the machine is emulated
+		}
+		throughput(b, lab.Config{Userspace: true}, packets)
+	})
+}
+
+func throughput(b *testing.B, cfg lab.Config, packets int) {
+	const rounds, turns, size = 6, 8, 1392 // fills the tunnel's MTU of 1420
+	l := newLab(b, cfg)
+	gw := l.Gateways[0]
+	ping(b, l.Clients[0])
+	stream, err := lab.NewStream(b.Context(), l.Clients[0], gw)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer stream.Close()
+	push := func() float64 { // MB/s
+		took, err := stream.Push(packets, size)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return float64(packets*size) / took.Seconds() / 1e6
+	}
+	push() // warm up
+
+	// Starting a daemon takes longer than a measurement, so each start counts for
+	// several, in the order without, with, with, without.
+	var mb [2][]float64
+	rung := ""
+	take := func(with int) {
+		if with == 1 {
+			dir := b.TempDir()
+			n := startNode(b, gw, dir, config(gw, dir))
+			rung = n.status().Detector.Rung
+			defer n.stop()
+		}
+		push()
+		for range turns {
+			mb[with] = append(mb[with], push())
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+	for range rounds {
+		for _, with := range []int{0, 1, 1, 0} {
+			take(with)
+		}
+	}
+	without, with := quantile(mb[0], 0.5), quantile(mb[1], 0.5)
+	b.ReportMetric(with, "MB/s")
+	b.ReportMetric(with/without, "ratio")
+	b.Logf("%s\nUDP from a client to a gateway through the tunnel, datagrams of %d bytes, 64 under way; client and gateway share the machine.\n"+
+		"%d blocks of %d x %d datagrams without a daemon at the gateway and as many with one (%s), interleaved.\n%s",
+		kernel(), size, 2*rounds, turns, packets, rung,
+		columns(func(w io.Writer) {
+			fmt.Fprintln(w, "\tMB/s, median\tquartiles\t")
+			for i, name := range []string{"without", "with"} {
+				fmt.Fprintf(w, "%s\t%.1f\t%.1f to %.1f\t\n", name, quantile(mb[i], 0.5), quantile(mb[i], 0.25), quantile(mb[i], 0.75))
+			}
+		}))
+}
