@@ -42,7 +42,7 @@ func TestUsage(t *testing.T) {
 		status int
 		says   []string
 	}{
-		"nothing":        {nil, 2, []string{"usage: wgroam VERB", "run", "watch", "status", "peers", "demo", "version"}},
+		"nothing":        {nil, 2, []string{"usage: wgroam VERB", "run", "watch", "status", "peers", "check", "demo", "version"}},
 		"help":           {[]string{"help"}, 0, nil},
 		"unknown verb":   {[]string{"walk"}, 2, []string{`unknown verb "walk"`}},
 		"unknown flag":   {[]string{"run", "--frob"}, 2, []string{"-frob"}},
@@ -57,6 +57,7 @@ func TestUsage(t *testing.T) {
 		"watch nothing":  {[]string{"watch", "--device", "nosuch0", "--socket", nobody}, 1, []string{"nosuch0"}},
 		"status, nobody": {[]string{"status", "--socket", nobody}, 1, []string{nobody, "wgroam run"}},
 		"peers, nobody":  {[]string{"peers", "--json", "--socket", nobody}, 1, []string{nobody, "wgroam run"}},
+		"check please":   {[]string{"check", "please"}, 2, []string{`unexpected argument "please"`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd := exec.CommandContext(t.Context(), binary(t), c.args...)

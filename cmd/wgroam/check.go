@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"text/tabwriter"
+	"time"
+
+	"github.com/wgroam/wgroam/bpf"
+	"github.com/wgroam/wgroam/internal/control"
+)
+
+// The states of a finding.
+const (
+	checkOK   = "ok"
+	checkWarn = "warn" // works, less well than it could
+	checkFail = "fail" // not ready
+)
+
+// finding is one thing that check looked at.
+type finding struct {
+	Device string `json:"device"` // empty: the node
+	Check  string `json:"check"`  // daemon, hook, device, detector, losses, applier, feed
+	State  string `json:"state"`  // ok, warn, fail
+	Detail string `json:"detail"`
+	Do     string `json:"do"` // what to do about it; empty when ok
+}
+
+// checkReport is the answer of the verb check.
+type checkReport struct {
+	Schema int       `json:"schema"`
+	Ready  bool      `json:"ready"` // nothing has failed
+	Checks []finding `json:"checks"`
+}
+
+// errNotReady ends check where something has failed; the report says what.
+var errNotReady = errors.New("not ready: see the lines with fail")
+
+// checkVerb reports every prerequisite, with what to do about those that are not
+// met: as the daemon finds them, or what can be said without one.
+func checkVerb(ctx context.Context, e env, args []string) error {
+	fs, parse := flags(e, "check")
+	asJSON := fs.Bool("json", false, "print JSON")
+	socket := fs.String("socket", defaultSocket, "control socket of the daemon")
+	if err := parse(args); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var status control.Status
+	report := checkReport{Schema: control.Schema, Ready: true}
+	switch err := control.Get(ctx, *socket, control.VerbStatus, &status); {
+	case errors.Is(err, control.ErrNoDaemon):
+		report.Checks = []finding{
+			{"", "daemon", checkFail, fmt.Sprintf("no daemon answers on %s", *socket), "start one with wgroam run, or pass --socket"},
+			checkHook(),
+		}
+	case err != nil:
+		return err
+	default:
+		report.Checks = checkStatus(status)
+	}
+	for _, f := range report.Checks {
+		report.Ready = report.Ready && f.State != checkFail
+	}
+	if err := printReport(e, report, *asJSON); err != nil {
+		return err
+	}
+	if !report.Ready {
+		return errNotReady
+	}
+	return nil
+}
+
+func printReport(e env, report checkReport, asJSON bool) error {
+	if asJSON {
+		return json.NewEncoder(e.stdout).Encode(report)
+	}
+	w := tabwriter.NewWriter(e.stdout, 0, 0, 2, ' ', 0)
+	for _, f := range report.Checks {
+		device := f.Device
+		if device == "" {
+			device = "-"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", f.State, device, f.Check, f.Detail)
+		if f.Do != "" {
+			fmt.Fprintf(w, "\t\t\t  %s\n", f.Do)
+		}
+	}
+	return w.Flush()
+}
+
+// checkHook attaches the kernel hook for a moment.
+func checkHook() finding {
+	hook, err := bpf.Attach(1)
+	if err != nil {
+		return finding{"", "hook", checkWarn, err.Error(), "wgroam will use the best source that is left, and say which in status"}
+	}
+	if err := hook.Close(); err != nil {
+		return finding{"", "hook", checkWarn, err.Error(), "report this"}
+	}
+	return finding{"", "hook", checkOK, "the kernel hook can be attached", ""}
+}
+
+// checkStatus judges what the daemon says of itself.
+func checkStatus(s control.Status) []finding {
+	out := []finding{{"", "daemon", checkOK, fmt.Sprintf("%s runs version %s", s.Node, s.Version), ""}}
+	for _, d := range s.Devices {
+		out = append(out, checkDevice(d)...)
+	}
+	return out
+}
+
+func checkDevice(d control.DeviceStatus) []finding {
+	var out []finding
+	add := func(check, state, detail, do string) {
+		if state == checkOK {
+			do = ""
+		}
+		out = append(out, finding{d.Name, check, state, detail, do})
+	}
+	warnIf := func(bad bool) string {
+		if bad {
+			return checkWarn
+		}
+		return checkOK
+	}
+
+	if d.State == control.StateMissing || d.State == control.StateWaiting {
+		add("device", checkFail, withReason(d.State, d.LastError), "create the device and give it its private key, or correct its name in the configuration")
+		return out
+	}
+	add("device", checkOK, fmt.Sprintf("%s, %d peers", d.State, d.Peers), "")
+	switch d.Detector.Rung {
+	case control.RungFentry:
+		add("detector", checkOK, d.Detector.Rung, "")
+	case control.RungKprobe, control.RungPort:
+		add("detector", checkOK, withReason(d.Detector.Rung, d.Detector.Reason), "")
+	default:
+		add("detector", checkWarn, withReason(d.Detector.Rung, d.Detector.Reason),
+			"remove the reason if you can: polling sees a roam late, and guesses its cause")
+	}
+	add("losses", warnIf(d.SweepRepairs > 0),
+		fmt.Sprintf("%d changes seen, %d lost and found again, %d repaired by the sweep", d.Events, d.Lost, d.SweepRepairs),
+		"report this with the output of wgroam status: the sweep should have nothing to repair")
+	add("applier", warnIf(d.LastError != "" || d.ApplyErrors > 0),
+		withReason(fmt.Sprintf("%d endpoints written, %d errors", d.Applied, d.ApplyErrors), d.LastError),
+		"wgroam peers shows the peers that were not written, and why")
+	return append(out, checkFeed(d)...)
+}
+
+func checkFeed(d control.DeviceStatus) []finding {
+	if d.Feed.Mode == control.FeedNone {
+		return []finding{{d.Name, "feed", checkWarn, "none: no other node hears of roams", "set nats.listen and nats.peers, or nats.url"}}
+	}
+	var out []finding
+	for _, c := range d.Feed.Connections {
+		f := finding{d.Name, "feed", checkOK, c.Name + " is connected", ""}
+		if !c.Connected {
+			f.State, f.Detail = checkFail, withReason(c.Name+" is not connected", c.Error)
+			f.Do = "start wgroam or NATS there, and let this host reach it"
+		}
+		out = append(out, f)
+	}
+	for _, n := range d.Feed.Nodes {
+		f := finding{d.Name, "feed", checkOK, fmt.Sprintf("node %s is %s, clock %+d ms", n.Name, n.State, n.SkewMS), ""}
+		switch n.State {
+		case control.NodeStale:
+			f.State, f.Do = checkFail, fmt.Sprintf("it has not been heard for %d ms: see wgroam status there", n.AgeMS)
+		case control.NodeSyncing:
+			f.State, f.Do = checkWarn, "wait a moment: its table is being compared with ours"
+		}
+		out = append(out, f)
+	}
+	if len(d.Feed.Nodes) == 0 {
+		out = append(out, finding{d.Name, "feed", checkWarn, "no other node has been heard", "start wgroam on the other gateways of the group"})
+	}
+	return out
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"testing"
+
+	"github.com/wgroam/wgroam/internal/control"
+)
+
+func TestCheckStatus(t *testing.T) {
+	healthy := func() control.DeviceStatus {
+		return control.DeviceStatus{
+			Name: "wg0", State: control.StateUp, Detector: control.Detector{Rung: control.RungFentry},
+			Feed: control.FeedStatus{
+				Mode:        control.FeedEmbedded,
+				Connections: []control.Connection{{Name: "10.0.0.2:4950", Connected: true}},
+				Nodes:       []control.NodeStatus{{Name: "gw-b", State: control.NodeSynced}},
+			},
+		}
+	}
+	for name, c := range map[string]struct {
+		spoil func(*control.DeviceStatus)
+		check string // the one that is not ok
+		state string
+	}{
+		"healthy": {func(*control.DeviceStatus) {}, "", ""},
+		"waiting": {func(d *control.DeviceStatus) { d.State = control.StateWaiting }, "device", checkFail},
+		"missing": {func(d *control.DeviceStatus) { d.State = control.StateMissing }, "device", checkFail},
+		"down":    {func(d *control.DeviceStatus) { d.State = control.StateDown }, "", ""},
+		"polling": {func(d *control.DeviceStatus) {
+			d.Detector = control.Detector{Rung: control.RungPolling, Reason: "no BTF"}
+		}, "detector", checkWarn},
+		"port": {func(d *control.DeviceStatus) {
+			d.Detector = control.Detector{Rung: control.RungPort, Reason: "user space"}
+		}, "", ""},
+		"repaired":     {func(d *control.DeviceStatus) { d.SweepRepairs = 1 }, "losses", checkWarn},
+		"not applied":  {func(d *control.DeviceStatus) { d.ApplyErrors, d.LastError = 1, "EINVAL" }, "applier", checkWarn},
+		"alone":        {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
+		"unheard":      {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
+		"disconnected": {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
+		"stale":        {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeStale }, "feed", checkFail},
+		"syncing":      {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeSyncing }, "feed", checkWarn},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := healthy()
+			c.spoil(&d)
+			found := false
+			for _, f := range checkStatus(control.Status{Node: "gw-a", Devices: []control.DeviceStatus{d}}) {
+				if f.Detail == "" || (f.Do == "") != (f.State == checkOK) {
+					t.Errorf("%+v: every line says what it is, and those that are not ok what to do", f)
+				}
+				if f.State == checkOK {
+					continue
+				}
+				if found = true; f.Check != c.check || f.State != c.state || f.Device != "wg0" {
+					t.Errorf("%+v, want %s %s", f, c.check, c.state)
+				}
+			}
+			if found != (c.check != "") {
+				t.Errorf("found something: %v", found)
+			}
+		})
+	}
+}
