@@ -4,6 +4,11 @@ PREFIX ?= /usr/local
 # The kernels that test-vm boots, and the tests that a rung runs: make test-vm KERNEL=6.12 RUN=TestHook
 KERNEL ?= 6.1 6.12
 RUN    ?= .
+# How long a machine may take.
+MINUTES ?= 20
+# How many minutes soak goes on, and from which seed; 0 draws one.
+LIFE ?= 30
+SEED ?= 0
 # The packages whose tests also run in the machine, on a kernel with WireGuard.
 VM_PACKAGES ?= ./bpf ./internal/wg ./tracker ./test
 
@@ -17,7 +22,7 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 export PATH    := $(CURDIR)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-net test-vm vm-tests lint drift bench generate deps install clean
+.PHONY: help build demo test test-unit test-net test-vm vm-tests lint drift bench soak generate deps install clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,12 +64,19 @@ bench: build ## Run the benchmarks here and on Debian's kernels in QEMU: KERNEL=
 			tee .cache/bench/$$kernel.txt || status=1; \
 	done; exit $$status
 
+# Here, and then on each kernel.
+soak: VM_PACKAGES = ./test
+soak: MINUTES     = $(shell expr $(LIFE) + 10)
+soak: vm-tests ## Let devices, peers and daemons live at random, here and in QEMU: LIFE=30 (minutes) SEED=1 (root)
+	go test -race -v -count=1 -timeout 0 -run TestLife ./test -life $(LIFE)m -seed $(SEED)
+	@$(foreach kernel,$(KERNEL),($(call in-guest,tests,$(kernel),-test.v -test.run TestLife -life $(LIFE)m -seed $(SEED))) &&) true
+
 # in-guest: runs the test binaries of VM_PACKAGES in .cache/vm/$(1) on the kernel $(2) with the arguments $(3).
 in-guest = status=0; for package in $(VM_PACKAGES); do \
 		name=$$(basename $$package).test; echo "== $(2) $$package"; \
-		test/vm/run -t 1200 -f bin/wgroam -f .cache/vm/$(1)/$$name \
+		test/vm/run -t $(shell expr $(MINUTES) \* 60) -f bin/wgroam -f .cache/vm/$(1)/$$name \
 			$$([ ! -d $$package/testdata ] || echo -f $$package/testdata:/root/testdata) \
-			$(2) $$name -test.timeout 19m $(3) || status=1; \
+			$(2) $$name -test.timeout $(MINUTES)m $(3) || status=1; \
 	done; exit $$status
 
 lint: ## Check the sources' form

@@ -61,6 +61,15 @@ func (g *Gateway) build(log *slog.Logger) error {
 		return err
 	}
 
+	if err := g.makeDevice(log); err != nil {
+		return err
+	}
+	return g.serve()
+}
+
+// makeDevice makes the WireGuard device, with a peer for each client and no
+// endpoints.
+func (g *Gateway) makeDevice(log *slog.Logger) error {
 	name := "wg0"
 	if !g.lab.Kernel {
 		name = g.lab.prefix + g.Name
@@ -73,10 +82,9 @@ func (g *Gateway) build(log *slog.Logger) error {
 			AllowedIPs: []net.IPNet{*ipNet(host(c.Inner4)), *ipNet(host(c.Inner6))},
 		})
 	}
-	if g.dev, err = newWGDevice(g.ns, name, g.lab.Kernel, log, inner4, inner6, cfg); err != nil {
-		return err
-	}
-	return g.serve()
+	var err error
+	g.dev, err = newWGDevice(g.ns, name, g.lab.Kernel, log, inner4, inner6, cfg)
+	return err
 }
 
 // serve opens the ports that clients talk to.
@@ -186,6 +194,25 @@ func (g *Gateway) LinkUp() error {
 	g.lab.mu.Lock()
 	defer g.lab.mu.Unlock()
 	return g.dev.up()
+}
+
+// Recreate deletes the WireGuard device and makes it anew: sessions, endpoints
+// and what the peers' handshakes were dated are gone.
+func (g *Gateway) Recreate() error {
+	g.lab.mu.Lock()
+	defer g.lab.mu.Unlock()
+	if g.dev.user != nil {
+		g.dev.close()
+	} else {
+		link, err := g.ns.link(g.dev.name)
+		if err == nil {
+			err = g.ns.nl.LinkDel(link)
+		}
+		if err != nil {
+			return fmt.Errorf("delete %s of gateway %s: %w", g.dev.name, g.Name, err)
+		}
+	}
+	return g.makeDevice(nil)
 }
 
 // Kill cuts the gateway off the LAN, as a crash would: its programs run on but

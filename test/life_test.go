@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: MIT
+
+package test
+
+import (
+	"bytes"
+	"context"
+	be "encoding/binary"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/lab"
+)
+
+var (
+	lifeFor  = flag.Duration("life", 30*time.Second, "how long TestLife goes on")
+	lifeSeed = flag.Uint64("seed", 0, "what TestLife draws its steps from; 0 draws a seed")
+)
+
+// life is a pair of gateways with clients to whom everything happens.
+type life struct {
+	t     *testing.T
+	rng   *rand.Rand
+	lab   *lab.Lab
+	nodes []*node
+	dirs  []string
+	base  []weights            // what each daemon held when it was first at rest; nil when not yet
+	spare int                  // of the names of links
+	stale map[*lab.Client]bool // its session is of a device that is gone
+}
+
+// step is one thing that can happen.
+type step struct {
+	name   string
+	weight int
+	do     func(*life) error
+}
+
+var steps = []step{
+	{"roam", 40, (*life).roam},
+	{"two clients swap", 4, (*life).swap},
+	{"handshake", 15, (*life).handshake},
+	{"flood", 6, (*life).flood},
+	{"admin", 6, (*life).admin},
+	{"peer removed and added", 4, (*life).readd},
+	{"link down and up", 3, (*life).bounce},
+	{"device deleted and made again", 2, (*life).recreate},
+	{"device renamed and back", 2, (*life).rename},
+	{"listen port changed and back", 3, (*life).port},
+	{"uplink added and removed", 3, (*life).uplink},
+	{"daemon killed and started", 2, (*life).kill},
+	{"settle", 10, (*life).settle},
+}
+
+// TestLife: a random life of devices, links, peers, roams, floods and daemons
+// ends with what every daemon knows equal to what its kernel has, with nothing
+// for the sweep to repair, and with nothing leaked.
+func TestLife(t *testing.T) {
+	seed := *lifeSeed
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("to repeat these steps: -test.run TestLife -seed %d -life %v", seed, *lifeFor)
+	v := &life{
+		t: t, rng: rand.New(rand.NewPCG(seed, 0)), lab: newLab(t, lab.Config{Clients: 5}),
+		dirs: []string{t.TempDir(), t.TempDir()}, base: make([]weights, 2), nodes: make([]*node, 2),
+		stale: make(map[*lab.Client]bool),
+	}
+	for i := range v.nodes {
+		v.start(i)
+	}
+	total := 0
+	for _, s := range steps {
+		total += s.weight
+	}
+	took := make(map[string]int)
+	deadline := time.Now().Add(*lifeFor)
+	must := func(s step) {
+		took[s.name]++
+		if err := s.do(v); err != nil {
+			t.Fatalf("%s: %v", s.name, err)
+		}
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
+	for time.Now().Before(deadline) {
+		n := v.rng.IntN(total)
+		for _, s := range steps {
+			if n -= s.weight; n < 0 {
+				must(s)
+				break
+			}
+		}
+	}
+	must(step{"settle", 0, (*life).settle})
+	for i, n := range v.nodes {
+		s := n.status()
+		t.Logf("%s: detector %s, %d changes, %d lost, %d resyncs, %d repaired by the sweep; held at rest at first %v, at the end %v",
+			n.gw.Name, s.Detector.Rung, s.Events, s.Lost, s.Resyncs, s.SweepRepairs, v.base[i], v.weigh(i))
+	}
+	t.Logf("steps: %v", took)
+}
+
+// start starts the daemon of a gateway. It sweeps so often that a miss cannot
+// hide.
+func (v *life) start(i int) {
+	gw := v.lab.Gateways[i]
+	cfg := config(gw, v.dirs[i], others(v.lab, gw)...) + "[metrics]\nlisten = \"127.0.0.1:9586\"\n"
+	cfg = strings.Replace(cfg, "[[device]]\n", "[[device]]\nsweep_interval = \"1s\"\n", 1)
+	v.nodes[i] = startNode(v.t, gw, v.dirs[i], cfg)
+	v.base[i] = nil
+}
+
+func (v *life) client() *lab.Client { return v.lab.Clients[v.rng.IntN(len(v.lab.Clients))] }
+func (v *life) gateway() *lab.Gateway {
+	return v.lab.Gateways[v.rng.IntN(len(v.lab.Gateways))]
+}
+
+// roam moves a client and lets it speak, or not.
+func (v *life) roam() error {
+	c := v.client()
+	var err error
+	switch v.rng.IntN(5) {
+	case 0:
+		_, err = c.RoamAddress()
+	case 1:
+		_, err = c.RoamFamily()
+	default:
+		_, err = c.RoamPort()
+	}
+	if err == nil && v.rng.IntN(4) > 0 {
+		err = c.Send(1 + v.rng.IntN(3))
+	}
+	return err
+}
+
+// swap moves two clients to where nobody was, at once.
+func (v *life) swap() error {
+	for range 2 {
+		if err := v.roam(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (v *life) handshake() error {
+	c := v.client()
+	delete(v.stale, c)
+	if err := c.Forget(); err != nil {
+		return err
+	}
+	return c.Send(1)
+}
+
+// flood sends forged packets of every type to both gateways, some with indexes
+// that may be live ones'.
+func (v *life) flood() error {
+	sizes := map[byte]int{1: 148, 2: 92, 3: 64, 4: 96}
+	return v.lab.Clients[0].Do(func() error {
+		conn, err := net.ListenUDP("udp4", nil)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		for range 500 {
+			kind := byte(1 + v.rng.IntN(4))
+			p := make([]byte, sizes[kind])
+			for i := range p {
+				p[i] = byte(v.rng.Uint32())
+			}
+			be.LittleEndian.PutUint32(p, uint32(kind))
+			gw := v.gateway()
+			// A full queue on the way is none of our business.
+			_, _ = conn.WriteToUDPAddrPort(p, netip.AddrPortFrom(gw.Addr4, lab.ListenPort))
+		}
+		return nil
+	})
+}
+
+// admin sets an endpoint by hand, on either gateway.
+func (v *life) admin() error {
+	ep := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + v.rng.IntN(250))}), uint16(1024+v.rng.IntN(60000)))
+	setEndpoint(v.t, v.gateway(), v.client().Key(), ep)
+	return nil
+}
+
+func (v *life) readd() error {
+	gw, c := v.gateway(), v.client()
+	peers, err := gw.Peers()
+	if err != nil {
+		return err
+	}
+	for _, p := range peers {
+		if wgroam.Key(p.PublicKey) != c.Key() {
+			continue
+		}
+		for _, cfg := range []wgtypes.PeerConfig{
+			{PublicKey: p.PublicKey, Remove: true},
+			{PublicKey: p.PublicKey, AllowedIPs: p.AllowedIPs},
+		} {
+			if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{Peers: []wgtypes.PeerConfig{cfg}}); err != nil {
+				return err
+			}
+		}
+	}
+	v.stale[c] = true
+	return nil
+}
+
+func (v *life) bounce() error {
+	gw := v.gateway()
+	if err := gw.LinkDown(); err != nil {
+		return err
+	}
+	v.forgotten()
+	return gw.LinkUp()
+}
+
+func (v *life) recreate() error {
+	v.forgotten()
+	return v.gateway().Recreate()
+}
+
+// forgotten: the sessions of all clients are gone.
+func (v *life) forgotten() {
+	for _, c := range v.lab.Clients {
+		v.stale[c] = true
+	}
+}
+
+// rename gives the device another name, and its own again. wireguard-go's
+// socket keeps the old name, so that there is nothing to see.
+func (v *life) rename() error {
+	if !v.lab.Kernel {
+		return nil
+	}
+	gw := v.gateway()
+	if err := gw.LinkDown(); err != nil {
+		return err
+	}
+	v.forgotten()
+	err := gw.Do(func() error {
+		link, err := netlink.LinkByName(gw.Device())
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetName(link, "wgother"); err != nil {
+			return err
+		}
+		return netlink.LinkSetName(link, gw.Device())
+	})
+	if err != nil {
+		return err
+	}
+	return gw.LinkUp()
+}
+
+func (v *life) port() error {
+	gw := v.gateway()
+	for _, port := range []int{lab.ListenPort + 1 + v.rng.IntN(100), lab.ListenPort} {
+		if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{ListenPort: &port}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// uplink adds a pair of links, and takes away the one before.
+func (v *life) uplink() error {
+	return v.lab.Gateways[0].Do(func() error {
+		name := func() string { return fmt.Sprintf("spare%d", v.spare%100) }
+		if old, err := netlink.LinkByName(name()); err == nil {
+			if err := netlink.LinkDel(old); err != nil {
+				return err
+			}
+		}
+		v.spare++
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name(), Flags: net.FlagUp}, PeerName: name() + "p"})
+	})
+}
+
+// kill ends a daemon as a crash would, and starts it again.
+func (v *life) kill() error {
+	i := v.rng.IntN(len(v.nodes))
+	n := v.nodes[i]
+	if err := n.cmd.Process.Kill(); err != nil {
+		return err
+	}
+	<-n.exited
+	v.start(i)
+	return nil
+}
+
+// settle lets every client speak from a new place, and compares what the daemons
+// and the devices know.
+func (v *life) settle() error {
+	for _, n := range v.nodes {
+		n.awaitNodes(len(v.nodes) - 1)
+		await(v.t, n.gw.Name+" follows its device", func() (bool, string) {
+			s := n.status()
+			return s.State == control.StateUp && s.Peers == len(v.lab.Clients), fmt.Sprintf("%+v", s)
+		})
+	}
+	want := make(map[wgroam.Key]netip.AddrPort)
+	for _, c := range v.lab.Clients {
+		ep, err := c.RoamPort()
+		if err == nil && v.stale[c] {
+			err = c.Forget()
+		}
+		if err != nil {
+			return err
+		}
+		delete(v.stale, c)
+		ctx, cancel := context.WithTimeout(v.t.Context(), patience)
+		_, err = c.Reach(ctx)
+		cancel()
+		if err != nil {
+			return err
+		}
+		want[c.Key()] = ep
+	}
+	for i, n := range v.nodes {
+		await(v.t, n.gw.Name+" agrees", func() (bool, string) { return v.agrees(n, want) })
+		if s := n.status(); s.SweepRepairs != 0 {
+			v.t.Errorf("%s: the sweep repaired %d: %+v", n.gw.Name, s.SweepRepairs, s)
+		}
+		if v.base[i] == nil {
+			v.base[i] = v.weigh(i)
+		}
+		await(v.t, n.gw.Name+" has let go", func() (bool, string) {
+			now := v.weigh(i)
+			return now.within(v.base[i]), fmt.Sprintf("at first %v, now %v", v.base[i], now)
+		})
+	}
+	return nil
+}
+
+// agrees compares the clients' endpoints with the device and with what the
+// daemon says of it.
+func (v *life) agrees(n *node, want map[wgroam.Key]netip.AddrPort) (bool, string) {
+	device, err := n.gw.Endpoints()
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(v.t.Context(), patience)
+	defer cancel()
+	var peers control.Peers
+	if err := control.Get(ctx, n.socket, control.VerbPeers, &peers); err != nil {
+		v.t.Fatal(err)
+	}
+	held, table := make(map[wgroam.Key]netip.AddrPort), make(map[wgroam.Key]netip.AddrPort)
+	for _, p := range peers.Peers {
+		held[p.Peer], table[p.Peer] = p.Held, p.Endpoint
+	}
+	return maps.Equal(device, want) && maps.Equal(held, want) && maps.Equal(table, want),
+		fmt.Sprintf("clients %v\ndevice  %v\nheld    %v\ntable   %v", want, device, held, table)
+}
+
+// weights is what a daemon holds of the kernel and of memory, by kind.
+type weights map[string]int
+
+// weigh counts a daemon's file descriptors by what they are, and its goroutines.
+func (v *life) weigh(i int) weights {
+	n := v.nodes[i]
+	w := weights{}
+	dir := fmt.Sprintf("/proc/%d/fd", n.cmd.Process.Pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	for _, e := range entries {
+		to, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err != nil {
+			continue // closed meanwhile
+		}
+		kind, _, _ := strings.Cut(to, ":")
+		if strings.Contains(to, "bpf") {
+			kind = to // anon_inode:bpf-map, bpf-prog, bpf_link
+		} else if strings.HasPrefix(to, "/") {
+			kind = "file"
+		}
+		w[kind]++
+	}
+	client := http.Client{Timeout: patience, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(_ context.Context, network, addr string) (conn net.Conn, err error) {
+			err = n.gw.Do(func() error { conn, err = net.Dial(network, addr); return err })
+			return conn, err
+		},
+	}}
+	resp, err := client.Get("http://127.0.0.1:9586/metrics")
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	for line := range bytes.Lines(body) {
+		if value, ok := bytes.CutPrefix(line, []byte("go_goroutines ")); ok {
+			w["goroutines"], _ = strconv.Atoi(string(bytes.TrimSpace(value)))
+		}
+		if value, ok := bytes.CutPrefix(line, []byte("process_resident_memory_bytes ")); ok {
+			f, _ := strconv.ParseFloat(string(bytes.TrimSpace(value)), 64)
+			w["MB"] = int(f / 1e6)
+		}
+	}
+	return w
+}
+
+// within reports whether w is no more than base, but for what may be under way:
+// a request of ours, a connection that is being replaced. Memory may grow to
+// what the garbage collector aims at.
+func (w weights) within(base weights) bool {
+	for kind, n := range w {
+		slack := 3
+		switch {
+		case strings.Contains(kind, "bpf"):
+			slack = 0
+		case kind == "goroutines":
+			slack = 10
+		case kind == "MB":
+			slack = 60
+		}
+		if n > base[kind]+slack {
+			return false
+		}
+	}
+	return true
+}
