@@ -74,7 +74,7 @@ soak: vm-tests ## Let devices, peers and daemons live at random, here and in QEM
 # in-guest: runs the test binaries of VM_PACKAGES in .cache/vm/$(1) on the kernel $(2) with the arguments $(3).
 in-guest = status=0; for package in $(VM_PACKAGES); do \
 		name=$$(basename $$package).test; echo "== $(2) $$package"; \
-		test/vm/run -t $(shell expr $(MINUTES) \* 60) -f bin/wgroam -f .cache/vm/$(1)/$$name \
+		test/vm/run -t $(shell expr $(MINUTES) \* 60 + 60) -f bin/wgroam -f .cache/vm/$(1)/$$name \
 			$$([ ! -d $$package/testdata ] || echo -f $$package/testdata:/root/testdata) \
 			$(2) $$name -test.timeout $(MINUTES)m $(3) || status=1; \
 	done; exit $$status
