@@ -145,6 +145,14 @@ func (m *Merger) Update(u feed.Update) {
 	n.seq = max(n.seq, u.Seq)
 }
 
+// Restore takes the records that this node had when it ended.
+func (m *Merger) Restore(records []wgroam.Record) {
+	now := time.Now()
+	for _, r := range records {
+		m.merge(r, now)
+	}
+}
+
 // Beat takes a beat of another node. It does not block.
 func (m *Merger) Beat(b feed.Beat) {
 	digests := m.cfg.Table.Digests()

@@ -18,6 +18,7 @@ import (
 	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/feed"
 	"github.com/wgroam/wgroam/internal/natsd"
+	"github.com/wgroam/wgroam/internal/snapshot"
 	"github.com/wgroam/wgroam/internal/wg"
 	"github.com/wgroam/wgroam/publisher"
 	"github.com/wgroam/wgroam/tracker"
@@ -133,6 +134,7 @@ type session struct {
 	tracker *tracker.Tracker
 	applier *applier.Applier
 	merger  *applier.Merger
+	state   *snapshot.File
 }
 
 func (d *device) absent(err error) {
@@ -178,6 +180,8 @@ func (d *device) session(ctx context.Context, link wg.Link) error {
 	if err := s.tracker.Start(); err != nil {
 		return err
 	}
+	// After the tracker: sessions that have lived on know better.
+	s.restore(d.d.cfg.MaxSkew, d.log)
 	s.feed.Start()
 	defer s.feed.Close()
 
@@ -195,6 +199,7 @@ func (d *device) session(ctx context.Context, link wg.Link) error {
 	g.Go(func() error { s.applier.Run(ctx); return nil })
 	g.Go(func() error { s.merger.Run(ctx); return nil })
 	g.Go(func() error { return pub.Run(ctx) })
+	g.Go(func() error { s.state.Run(ctx); return nil })
 	if server == nil {
 		g.Go(func() error {
 			select {
@@ -256,6 +261,7 @@ func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*sess
 		Self: s.feed.Self(), Table: s.table, Clock: s.clock, View: s.view, Feed: s.feed,
 		VIP: d.cfg.VIP, Log: d.log,
 	})
+	s.state = snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: keys, Table: s.table, Log: d.log})
 	s.feed.OnUpdate(s.merger.Update)
 	s.feed.OnBeat(s.merger.Beat)
 	s.feed.OnEvent(func(e feed.Event) {
@@ -275,6 +281,19 @@ func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*sess
 		Poll:   d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
 	})
 	return s, nil
+}
+
+// restore takes over what this node knew when it ended.
+func (s *session) restore(skew time.Duration, log *slog.Logger) {
+	records, err := s.state.Read(time.Now(), skew)
+	if err != nil {
+		log.Error("starting without the snapshot; the other nodes may know", "err", err)
+		return
+	}
+	s.merger.Restore(records)
+	if len(records) > 0 {
+		log.Info("read the snapshot", "records", len(records))
+	}
 }
 
 // record turns what the local device has learned into a record for the others.

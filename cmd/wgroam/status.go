@@ -79,6 +79,12 @@ func (d *device) status() control.DeviceStatus {
 			out.Waiting++
 		}
 	}
+	f := s.state.Status()
+	out.Snapshot = control.Snapshot{Path: f.Path, Written: f.Written, Records: f.Records}
+	if f.Err != nil {
+		out.Snapshot.Error = f.Err.Error()
+		errs = append(errs, f.Err.Error())
+	}
 	a := s.applier.Status()
 	out.Applied, out.ApplyErrors = a.Applied, a.Errors
 	if a.LastError != nil {
@@ -191,6 +197,9 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 	fmt.Fprintf(w, "changes\t%d seen, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Lost, d.Resyncs, d.SweepRepairs)
 	fmt.Fprintf(w, "peers\t%d in the device, %d records, %d of them waiting for their peer\n", d.Peers, d.Records, d.Waiting)
 	fmt.Fprintf(w, "applied\t%d endpoints, %d errors\n", d.Applied, d.ApplyErrors)
+	if !d.Snapshot.Written.IsZero() {
+		fmt.Fprintf(w, "snapshot\t%d records, %s ago, %s\n", d.Snapshot.Records, time.Since(d.Snapshot.Written).Round(time.Second), d.Snapshot.Path)
+	}
 	if d.LastError != "" {
 		fmt.Fprintf(w, "error\t%s\n", d.LastError)
 	}

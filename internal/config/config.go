@@ -19,7 +19,7 @@ type Config struct {
 	NATS    NATS
 	// MaxSkew is how far ahead of this node's clock another node's may be.
 	MaxSkew time.Duration
-	// StateDir is the absolute path of the directory for snapshots.
+	// StateDir is the absolute path of the directory for snapshots of the tables.
 	StateDir string
 	// ControlSocket is the absolute path of the unix socket for the verbs.
 	ControlSocket string

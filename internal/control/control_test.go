@@ -51,6 +51,9 @@ func testStatus() Status {
 				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"},
 				Events:   1, Lost: 2, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9,
 				LastError: "none & nothing",
+				Snapshot: Snapshot{
+					Path: "/var/lib/wgroam/5f1d.snapshot", Written: time.Date(2026, 11, 23, 7, 0, 3, 0, zone), Records: 6, Error: "no space left",
+				},
 				Feed: FeedStatus{
 					Mode: FeedEmbedded, Listen: "10.0.0.11:4950",
 					Connections: []Connection{

@@ -58,7 +58,17 @@ type DeviceStatus struct {
 	ApplyErrors uint64 `json:"apply_errors"` // endpoints that could not be written, retries included
 	LastError   string `json:"last_error"`   // the newest error of any part; empty when none
 
-	Feed FeedStatus `json:"feed"`
+	Snapshot Snapshot   `json:"snapshot"`
+	Feed     FeedStatus `json:"feed"`
+}
+
+// Snapshot is the file that keeps the table.
+type Snapshot struct {
+	Path string `json:"path"` // empty without a device
+	// Written is RFC 3339, UTC; absent while this process has not written it.
+	Written time.Time `json:"written,omitzero"`
+	Records int       `json:"records"` // in the file
+	Error   string    `json:"error"`   // why it could not be read or written; empty when none
 }
 
 // The values of Detector.Rung, best first.
@@ -197,6 +207,9 @@ func (s Status) settle() Status {
 	for i := range s.Devices {
 		d := &s.Devices[i]
 		d.VIP = append([]netip.Addr{}, d.VIP...)
+		if !d.Snapshot.Written.IsZero() {
+			d.Snapshot.Written = d.Snapshot.Written.UTC()
+		}
 		f := &d.Feed
 		f.Connections = sorted(f.Connections, func(a, b Connection) int { return cmp.Compare(a.Name, b.Name) })
 		for j := range f.Connections {

@@ -37,7 +37,8 @@ type secrets struct {
 	group  string
 	kid    uint32
 	digest [32]byte
-	aead   cipher.AEAD
+	aead   cipher.AEAD // of frames
+	file   cipher.AEAD // of snapshots
 	tls    *tls.Config
 	pin    ed25519.PublicKey
 }
@@ -75,12 +76,14 @@ func Derive(private [32]byte, secret []byte) (Keys, error) {
 		return b
 	}
 	seal, digest := expand("seal", chacha20poly1305.KeySize), expand("digest", 32)
+	file := expand("snapshot", chacha20poly1305.KeySize)
 	group, kid := expand("group", 16), expand("kid", 4)
 	seed := expand("tls", ed25519.SeedSize)
 	if err != nil {
 		return Keys{}, fmt.Errorf("derive keys: %w", err)
 	}
 	defer clear(seal)
+	defer clear(file)
 	defer clear(digest)
 	defer clear(seed)
 
@@ -90,6 +93,9 @@ func Derive(private [32]byte, secret []byte) (Keys, error) {
 		digest: [32]byte(digest),
 	}
 	if s.aead, err = chacha20poly1305.NewX(seal); err != nil {
+		return Keys{}, fmt.Errorf("derive keys: %w", err)
+	}
+	if s.file, err = chacha20poly1305.NewX(file); err != nil {
 		return Keys{}, fmt.Errorf("derive keys: %w", err)
 	}
 	if err := s.makeTLS(ed25519.NewKeyFromSeed(seed)); err != nil {
@@ -153,6 +159,32 @@ func (k Keys) Group() string { return k.s().group }
 // DigestKey returns the key of the group's table digests, for
 // wgroam.NewTable.
 func (k Keys) DigestKey() [32]byte { return k.s().digest }
+
+// Seal returns plain sealed for a file of this node, with XChaCha20-Poly1305 under
+// a key that frames do not use: 24 bytes of random nonce, the ciphertext, a tag
+// of 16 bytes. The clear header is authenticated with it.
+func (k Keys) Seal(header, plain []byte) []byte {
+	aead := k.s().file
+	nonce := make([]byte, nonceSize, nonceSize+len(plain)+aead.Overhead())
+	_, _ = rand.Read(nonce) // never fails
+	return aead.Seal(nonce, nonce, plain, header)
+}
+
+// ErrSeal is returned by Open for what was sealed with another key, or changed
+// since.
+var ErrSeal = errors.New("sealed with another key, or damaged")
+
+// Open is the reverse of Seal. It overwrites sealed. The error is ErrSeal.
+func (k Keys) Open(header, sealed []byte) ([]byte, error) {
+	if len(sealed) < nonceSize {
+		return nil, ErrSeal
+	}
+	plain, err := k.s().file.Open(sealed[nonceSize:nonceSize], sealed[:nonceSize], sealed[nonceSize:], header)
+	if err != nil {
+		return nil, ErrSeal
+	}
+	return plain, nil
+}
 
 // Format implements fmt.Formatter: whatever the verb, the name of the group is
 // all that shows.

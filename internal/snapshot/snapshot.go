@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT
+
+// Package snapshot keeps a table in a sealed file, so that a group whose nodes
+// all lose power at once still knows where its peers are.
+package snapshot
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/feed"
+)
+
+// A file is a header, all integers big endian, and the sealed records
+// (feed.Keys.Seal), which authenticate it:
+//
+//	 0  magic        8 bytes, "wgroam" 0 1; the last is the version
+//	 8  written      i64, Unix ns
+//	16  record size  u32
+//	20  count        u32
+const headerSize = 24
+
+var magic = []byte("wgroam\x00\x01")
+
+// Errors of Read, for errors.Is.
+var (
+	// ErrForeign: the file is another group's, or damaged. The two cannot be told
+	// apart.
+	ErrForeign = errors.New("not a snapshot of this group, or damaged")
+	// ErrFuture: it was written later than now.
+	ErrFuture = errors.New("snapshot from the future")
+)
+
+// Encode returns the contents of a file.
+func Encode(keys feed.Keys, records []wgroam.Record, now time.Time) []byte {
+	header := append(make([]byte, 0, headerSize), magic...)
+	header = binary.BigEndian.AppendUint64(header, uint64(now.UnixNano()))
+	header = binary.BigEndian.AppendUint32(header, wgroam.RecordSize)
+	header = binary.BigEndian.AppendUint32(header, uint32(len(records)))
+	body := make([]byte, 0, len(records)*wgroam.RecordSize)
+	for _, r := range records {
+		body, _ = r.AppendBinary(body) // never fails
+	}
+	return append(header, keys.Seal(header, body)...)
+}
+
+// Decode is the reverse of Encode. It overwrites file. A file that was written
+// more than skew after now is refused: the clock has been set back, and the
+// records would win over all that is seen until it has caught up. The error
+// wraps ErrForeign or ErrFuture.
+func Decode(keys feed.Keys, file []byte, now time.Time, skew time.Duration) ([]wgroam.Record, error) {
+	if len(file) < headerSize || !bytes.Equal(file[:len(magic)], magic) {
+		return nil, ErrForeign
+	}
+	header := file[:headerSize]
+	body, err := keys.Open(header, file[headerSize:])
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrForeign, err)
+	}
+	written := time.Unix(0, int64(binary.BigEndian.Uint64(header[8:])))
+	if ahead := written.Sub(now); ahead > skew {
+		return nil, fmt.Errorf("%w: written %v from now; is this host's clock right?", ErrFuture, ahead.Round(time.Second))
+	}
+	size, count := int(binary.BigEndian.Uint32(header[16:])), int(binary.BigEndian.Uint32(header[20:]))
+	if size < wgroam.RecordSize || len(body) != size*count {
+		return nil, fmt.Errorf("%w: %d bytes for %d records of %d", ErrForeign, len(body), count, size)
+	}
+	records := make([]wgroam.Record, 0, count)
+	for ; len(body) > 0; body = body[size:] {
+		var r wgroam.Record
+		// A record that a newer version knows how to read does not spoil the others.
+		if r.UnmarshalBinary(body) == nil {
+			records = append(records, r)
+		}
+	}
+	return records, nil
+}
+
+// Config describes a File.
+type Config struct {
+	// Dir is made if it does not exist, with mode 0700.
+	Dir   string
+	Keys  feed.Keys
+	Table *wgroam.Table
+	Log   *slog.Logger
+}
+
+// File keeps a table's snapshot up to date.
+type File struct {
+	cfg     Config
+	path    string
+	changes *wgroam.Changes
+
+	mu     sync.Mutex
+	status Status
+}
+
+// Status is what a File can tell of itself.
+type Status struct {
+	Path string
+	// Written is when the file was last written by this process; zero if never.
+	Written time.Time
+	// Records is how many it had then, or when it was read.
+	Records int
+	// Err is why it could not be read or written the last time.
+	Err error
+}
+
+// every is how often a file is written, at most, while the table changes.
+const every = 10 * time.Second
+
+// New returns the File of a group. Nothing is read or written yet.
+func New(cfg Config) *File {
+	f := &File{cfg: cfg, path: filepath.Join(cfg.Dir, cfg.Keys.Group()+".snapshot"), changes: wgroam.NewChanges()}
+	f.status.Path = f.path
+	cfg.Table.Notify(f.changes, nil)
+	return f
+}
+
+// Status returns a copy of the current status.
+func (f *File) Status() Status {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.status
+}
+
+// Read returns the records of the file, none if there is no file. A file that
+// cannot be used is left for an operator to look at, renamed, so that the next
+// write does not take it away. The error wraps ErrForeign or ErrFuture, or is
+// the file system's.
+func (f *File) Read(now time.Time, skew time.Duration) ([]wgroam.Record, error) {
+	data, err := os.ReadFile(f.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var records []wgroam.Record
+	if err == nil {
+		records, err = Decode(f.cfg.Keys, data, now, skew)
+	}
+	if errors.Is(err, ErrForeign) || errors.Is(err, ErrFuture) {
+		err = errors.Join(err, os.Rename(f.path, f.path+".refused"))
+	}
+	if err != nil {
+		err = fmt.Errorf("read snapshot %s: %w", f.path, err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.status.Records, f.status.Err = len(records), err
+	return records, err
+}
+
+// Run writes the file when the table has changed, and once more when ctx ends.
+func (f *File) Run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+		case <-f.changes.Ready():
+		}
+		if f.changes.Len() > 0 {
+			f.write()
+		}
+		select {
+		case <-ctx.Done():
+			if f.changes.Len() > 0 {
+				f.write()
+			}
+			return
+		case <-time.After(every):
+		}
+	}
+}
+
+// write writes what the table has. After a failure the peers stay marked.
+func (f *File) write() {
+	keys := f.changes.Take(f.changes.Len())
+	records := f.cfg.Table.Records()
+	now := time.Now()
+	err := replace(f.path, Encode(f.cfg.Keys, records, now))
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err != nil {
+		for _, k := range keys {
+			f.changes.Mark(k)
+		}
+		err = fmt.Errorf("write snapshot: %w", err)
+		if f.status.Err == nil || f.status.Err.Error() != err.Error() {
+			f.cfg.Log.Error("the table is in memory only: make room, or make state.dir writable", "err", err)
+		}
+		f.status.Err = err
+		return
+	}
+	if f.status.Err != nil {
+		f.cfg.Log.Info("the snapshot is written again", "path", f.path)
+	}
+	f.status.Written, f.status.Records, f.status.Err = now, len(records), nil
+}
+
+// replace puts data in the place of a file, whatever happens meanwhile: after a
+// crash there is the old file or the new one.
+func replace(path string, data []byte) error {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	// One name, so that a crash leaves one file at most. A file has one writer.
+	temp := path + ".new"
+	w, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(data)
+	if err == nil {
+		err = w.Sync()
+	}
+	if err = errors.Join(err, w.Close()); err == nil {
+		err = os.Rename(temp, path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
