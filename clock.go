@@ -104,3 +104,32 @@ func (c *Clock) Merge(h HLC, now time.Time) error {
 	c.merged = append(c.merged, merge{now, h})
 	return nil
 }
+
+// MaxSkew is how far ahead of the local clock a stamp may be.
+func (c *Clock) MaxSkew() time.Duration { return c.maxSkew }
+
+// Ahead reports whether the clock goes on from a stamp that others would refuse
+// now. It does when the wall clock was ahead and has been set back.
+func (c *Clock) Ahead(now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	limit := HLCAt(now.Add(c.maxSkew))
+	return c.last > limit || len(c.merged) > 0 && c.merged[len(c.merged)-1].hlc > limit
+}
+
+// Rewind makes stamps follow the wall clock again after it has been set back to
+// now: others would refuse those that go on from where it was.
+func (c *Clock) Rewind(now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	limit := HLCAt(now.Add(c.maxSkew))
+	c.last = min(c.last, limit)
+	n := sort.Search(len(c.merged), func(i int) bool { return c.merged[i].hlc > limit })
+	c.merged = c.merged[:n]
+}
+
+// SetBack returns by how much the wall clock has been set back between two
+// readings of time.Now; zero if it was not.
+func SetBack(from, to time.Time) time.Duration {
+	return max(0, to.Sub(from)-to.Round(0).Sub(from.Round(0))) // Round takes the monotonic reading away
+}

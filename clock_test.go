@@ -193,6 +193,54 @@ func TestClockSkew(t *testing.T) {
 	}
 }
 
+// TestClockSetBack: stamps that were made with a clock an hour ahead do not go on
+// when it has been set right, and those that others accept never go back.
+func TestClockSetBack(t *testing.T) {
+	const skew = 10 * time.Second
+	right := time.Date(2026, 11, 23, 7, 0, 0, 0, time.UTC)
+	c := NewClock(skew)
+	ahead := right.Add(time.Hour)
+	c.Stamp(ahead)
+	if err := c.Merge(HLCAt(ahead.Add(time.Second)), ahead); err != nil {
+		t.Fatal(err)
+	}
+	if c.Ahead(ahead) || !c.Ahead(right) {
+		t.Errorf("ahead of its own time: %v; of the right time: %v", c.Ahead(ahead), c.Ahead(right))
+	}
+	c.Rewind(right)
+	other := NewClock(skew)
+	for i := range 3 {
+		at := right.Add(time.Duration(i) * time.Millisecond)
+		if h := c.Stamp(at); other.Merge(h, at) != nil {
+			t.Errorf("stamp %d is refused: %v at %v", i, h.Time(), at)
+		}
+	}
+	if c.Ahead(right.Add(time.Second)) {
+		t.Error("still ahead")
+	}
+
+	// A step that others do not mind.
+	small := NewClock(skew)
+	first := small.Stamp(right.Add(skew / 2))
+	if small.Ahead(right) {
+		t.Error("a small step counts")
+	}
+	if next := small.Stamp(right); next <= first {
+		t.Errorf("stamp %x after %x", next, first)
+	}
+}
+
+func TestSetBack(t *testing.T) {
+	now := time.Now()
+	if got := SetBack(now, now.Add(time.Hour)); got != 0 {
+		t.Errorf("time goes by: %v", got)
+	}
+	// Without a monotonic reading nothing can be told.
+	if got := SetBack(now.Round(0), now.Round(0).Add(-time.Hour)); got != 0 {
+		t.Errorf("no reading of the monotonic clock: %v", got)
+	}
+}
+
 func TestHLC(t *testing.T) {
 	at := time.Date(2026, 11, 23, 7, 0, 0, 123_456_789, time.UTC)
 	if got, want := HLCAt(at).Time(), at.Truncate(time.Millisecond); !got.Equal(want) {

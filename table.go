@@ -105,12 +105,40 @@ func (t *Table) Merge(r Record) bool {
 	t.peers[r.Peer] = e
 	// An unknown peer's old hash is zero.
 	t.digests[BucketOf(r.Peer)] ^= old.hash ^ e.hash
+	t.notify(r)
+	return true
+}
+
+// notify is called with t.mu held.
+func (t *Table) notify(r Record) {
 	for _, w := range t.watchers {
 		if w.want == nil || w.want(r) {
 			w.changes.Mark(r.Peer)
 		}
 	}
-	return true
+}
+
+// Revise replaces every record for which change returns true by the one that it
+// returns, whose peer is the same, or forgets it if that has no endpoint. It is
+// not a merge: what others know does not change.
+func (t *Table) Revise(change func(Record) (Record, bool)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for k, old := range t.peers {
+		r, ok := change(old.record(k))
+		if !ok {
+			continue
+		}
+		if !r.Endpoint.IsValid() {
+			delete(t.peers, k)
+			t.digests[BucketOf(k)] ^= old.hash
+			continue
+		}
+		e := entryOf(r, t.hash(r))
+		t.peers[k] = e
+		t.digests[BucketOf(k)] ^= old.hash ^ e.hash
+		t.notify(r)
+	}
 }
 
 func (t *Table) hash(r Record) uint64 {

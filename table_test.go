@@ -312,3 +312,44 @@ func BenchmarkTableDiffering(b *testing.B) {
 		}
 	}
 }
+
+// TestTableRevise: a revised table is the same as one that never knew better.
+func TestTableRevise(t *testing.T) {
+	got, want := NewTable([32]byte{1}), NewTable([32]byte{1})
+	changes := NewChanges()
+	record := func(n byte, hlc HLC) Record {
+		return Record{
+			Peer: Key{n, n}, Endpoint: netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, n}), 1),
+			Cause: CauseData, Version: Version{HLC: hlc, Node: 1},
+		}
+	}
+	for n := range byte(9) {
+		got.Merge(record(n, 1000+HLC(n)))
+		switch n % 3 {
+		case 0:
+			want.Merge(record(n, HLC(n)))
+		case 1:
+			want.Merge(record(n, 1000+HLC(n)))
+		}
+	}
+	got.Notify(changes, nil)
+	got.Revise(func(r Record) (Record, bool) {
+		switch r.Peer[0] % 3 {
+		case 0:
+			r.Version.HLC -= 1000
+			return r, true
+		case 1:
+			return Record{}, false
+		}
+		return Record{Peer: r.Peer}, true
+	})
+	if got.Digests() != want.Digests() || got.Len() != want.Len() {
+		t.Errorf("%d records, want %d: %v", got.Len(), want.Len(), got.Records())
+	}
+	if n := changes.Len(); n != 3 {
+		t.Errorf("%d peers marked, want 3", n)
+	}
+	if !got.Merge(record(0, 1)) {
+		t.Error("an older record still wins")
+	}
+}

@@ -28,6 +28,8 @@ const (
 	// skewAlarm is the difference between two clocks that is worth a warning.
 	// WireGuard peers ignore handshakes from a clock that is behind.
 	skewAlarm = time.Second
+	// clockCheck is how soon it is noticed that the wall clock has been set back.
+	clockCheck = 250 * time.Millisecond
 	// sessionLife is how long a WireGuard session can be used without a new
 	// handshake (messages.h, REJECT_AFTER_TIME).
 	sessionLife = 180 * time.Second
@@ -273,16 +275,45 @@ func (m *Merger) refuse(why string) uint64 {
 
 // Run asks other nodes for what is missing, until ctx ends.
 func (m *Merger) Run(ctx context.Context) {
-	for {
+	tick := time.NewTicker(clockCheck)
+	defer tick.Stop()
+	for last := time.Now(); ; {
 		select {
 		case <-ctx.Done():
 			return
+		case <-tick.C:
+			now := time.Now()
+			if m.cfg.Clock.Ahead(now) {
+				m.rewind(wgroam.SetBack(last, now), now)
+			}
+			last = now
+			continue
 		case <-m.kick:
 		}
 		for id := m.next(); id != 0 && ctx.Err() == nil; id = m.next() {
 			m.sync(ctx, id)
 		}
 	}
+}
+
+// rewind takes back what was stamped with a wall clock that was ahead and has been
+// set back by step. The others have refused it, and would go on to; here it
+// would win over all that is seen until the clock is there again. Our own
+// observations stay, with the times that the clock should have shown.
+func (m *Merger) rewind(step time.Duration, now time.Time) {
+	m.cfg.Clock.Rewind(now)
+	limit := wgroam.HLCAt(now.Add(m.cfg.Clock.MaxSkew()))
+	m.cfg.Table.Revise(func(r wgroam.Record) (wgroam.Record, bool) {
+		switch {
+		case r.Version.HLC <= limit:
+			return r, false
+		case r.Version.Node != m.cfg.Self:
+			return wgroam.Record{Peer: r.Peer}, true
+		}
+		r.Version.HLC = min(wgroam.HLCAt(r.Version.HLC.Time().Add(-step)), wgroam.HLCAt(now))
+		return r, true
+	})
+	m.cfg.Log.Warn("this host's clock has been set back; what it saw while ahead is dated back, too", "by", step.Round(time.Millisecond))
 }
 
 // next returns a node to ask, or zero.
