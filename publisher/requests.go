@@ -15,6 +15,9 @@ const (
 	// a pause.
 	answerEvery = 100 * time.Millisecond
 	answerBurst = 10
+	// setBack is how long a node must not have asked before one of an earlier
+	// boot is believed to be it: restarted, after its clock was set back.
+	setBack = 2 * time.Second
 	// maxAskers bounds the memory of who asked.
 	maxAskers = 64
 )
@@ -33,6 +36,7 @@ type requests struct {
 
 type asker struct {
 	last    feed.Header   // of the newest request
+	at      time.Time     // when that came
 	waiting *feed.Request // nil: all answered
 	// full is when the node has its whole burst again.
 	full time.Time
@@ -58,11 +62,11 @@ func (q *requests) addAt(r *feed.Request, now time.Time) {
 	}
 	// One that is not newer came twice, or is a recording played back by
 	// somebody who cannot make his own.
-	if r.Boot < a.last.Boot || r.Boot == a.last.Boot && r.Seq <= a.last.Seq {
+	if r.Boot < a.last.Boot && now.Sub(a.at) < setBack || r.Boot == a.last.Boot && r.Seq <= a.last.Seq {
 		q.refused++
 		return
 	}
-	a.last = r.Header
+	a.last, a.at = r.Header, now
 	if a.waiting != nil {
 		a.waiting = r
 		return

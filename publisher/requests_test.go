@@ -52,6 +52,39 @@ func TestRequestsReplayed(t *testing.T) {
 	}
 }
 
+// TestRequestsSetBack: a node that was restarted with an earlier clock is
+// answered soon, and a recording of its former self no more than now and then.
+func TestRequestsSetBack(t *testing.T) {
+	q, now := newRequests(), time.Unix(1000, 0)
+	take := func(r *feed.Request) bool {
+		q.addAt(r, now)
+		return q.next() == r
+	}
+	if !take(ask(1, 9, 1)) {
+		t.Fatal("the first is not answered")
+	}
+	answered := 0
+	for i := range 100 {
+		now = now.Add(100 * time.Millisecond)
+		if take(ask(1, 5, i+1)) {
+			answered++
+		}
+	}
+	if answered < 80 {
+		t.Errorf("%d of 100 requests in 10 s answered after the restart", answered)
+	}
+	replayed := 0
+	for range 100 {
+		now = now.Add(100 * time.Millisecond)
+		if take(ask(1, 4, 1)) {
+			replayed++
+		}
+	}
+	if replayed > 1 {
+		t.Errorf("a recording was answered %d times", replayed)
+	}
+}
+
 func TestRequestsRate(t *testing.T) {
 	q, now := newRequests(), time.Unix(1000, 0)
 	answers, seq := 0, 0
