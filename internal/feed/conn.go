@@ -226,21 +226,22 @@ func (c *conn) connected(again bool) {
 	if !c.subscribed {
 		return // whoever subscribes looks again
 	}
-	c.mu.Lock()
-	closing := c.closing
-	if !c.status.Connected {
-		c.status.Connected, c.status.Since = true, time.Now()
-	}
-	c.logged = troubleNone
-	c.mu.Unlock()
-	if closing {
-		return
-	}
 	// The subscriptions have been sent; wait until the server has them, or what is
 	// asked for now may be followed by something that is missed. If it does not
 	// answer, the next beat tells.
 	_ = c.nc.Load().FlushTimeout(dialTimeout)
-	if was := c.up.Swap(true); !was {
+	c.mu.Lock()
+	closing := c.closing
+	if !closing && !c.status.Connected {
+		c.status.Connected, c.status.Since = true, time.Now()
+	}
+	c.logged = troubleNone
+	was := closing || c.up.Swap(true) // before anybody reads that it is connected
+	c.mu.Unlock()
+	if closing {
+		return
+	}
+	if !was {
 		c.l.log.Info("feed connected", "conn", c.name)
 	} else if !again {
 		return
