@@ -29,6 +29,14 @@ import (
 // URL and an uninvited client.
 func startBus(t testing.TB, gw *lab.Gateway) (string, *nats.Conn) {
 	t.Helper()
+	url, nc, stop := runBus(t, gw)
+	t.Cleanup(stop)
+	return url, nc
+}
+
+// runBus is startBus for whoever ends it himself.
+func runBus(t testing.TB, gw *lab.Gateway) (url string, nc *nats.Conn, stop func()) {
+	t.Helper()
 	addr := netip.AddrPortFrom(gw.Addr4, 4222)
 	ns, err := server.NewServer(&server.Options{
 		Host: addr.Addr().String(), Port: int(addr.Port()), NoLog: true, NoSigs: true,
@@ -36,7 +44,6 @@ func startBus(t testing.TB, gw *lab.Gateway) (string, *nats.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var nc *nats.Conn
 	err = gw.Do(func() error {
 		// The listener must be opened on this thread: AcceptLoop does it before
 		// it hands over to goroutines of its own.
@@ -51,12 +58,11 @@ func startBus(t testing.TB, gw *lab.Gateway) (string, *nats.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	return "nats://" + addr.String(), nc, func() {
 		nc.Close()
 		ns.Shutdown()
 		ns.WaitForShutdown()
-	})
-	return "nats://" + addr.String(), nc
+	}
 }
 
 func onBus(gw *lab.Gateway, dir, url string) string {
