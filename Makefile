@@ -18,7 +18,7 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 export PATH    := $(CURDIR)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-net test-vm vm-tests vm-tests-arm64 test-selftest lint drift bench generate deps install clean
+.PHONY: help build demo test test-unit test-net test-vm vm-tests vm-tests-arm64 test-selftest soak lint drift bench generate deps install clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ test-selftest: $(AMD64:%=test-selftest-%) ## Run WireGuard's own test on Debian'
 test-selftest-%:
 	CGO_ENABLED=0 go test -c -tags 'vm selftest' -o .cache/vm/selftest/ ./bpf
 	@test/vm/selftest $* bpf.test -test.v -test.timeout 19m -test.run TestSelftest
+
+SECONDS ?= 1800
+soak: build ## Run the soak test at length, on Debian's kernels: SECONDS=1800 SEED=1 KERNEL=6.12
+	CGO_ENABLED=0 go test -c -tags vm -o .cache/vm/soak/ ./test
+	@status=0; for kernel in $(AMD64); do \
+		test/vm/run -t $$(($(SECONDS) + 600)) -e SOAK_SECONDS=$(SECONDS) -e SOAK_SEED=$(SEED) \
+			-f bin/wgroam -f .cache/vm/soak/test.test \
+			$$kernel test.test -test.v -test.timeout $$(($(SECONDS) + 540))s -test.run TestSoak || status=1; \
+	done; exit $$status
 
 # Static, for the machine has no C library; race detection makes it three times slower, where QEMU makes it fifty.
 vm-tests: build
