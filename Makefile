@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 
 PREFIX ?= /usr/local
-# The kernels that test-vm boots, and the tests that a rung runs: make test-vm KERNEL=6.12 RUN=TestHook
-KERNEL ?= 6.1 6.12
+# The kernels that test-vm boots, and the tests that a rung runs: make test-vm KERNEL=6.12-arm64 RUN=TestHook
+KERNEL ?= 6.1 6.12 6.12-arm64
 RUN    ?= .
 # How long a machine may take.
 MINUTES ?= 20
@@ -13,6 +13,7 @@ SEED ?= 0
 VM_PACKAGES ?= ./bpf ./internal/wg ./tracker ./test
 
 CLANG_FORMAT     := clang-format-19
+AMD64            := $(filter-out %-arm64,$(KERNEL))
 GOLANGCI_VERSION := 2.15.0
 GOLANGCI         := .cache/tools/golangci-lint
 COMMIT           := $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
@@ -22,10 +23,10 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 export PATH    := $(CURDIR)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-net test-vm vm-tests lint drift bench soak generate deps install clean
+.PHONY: help build demo test test-unit test-net test-vm vm-tests vm-tests-arm64 test-selftest soak lint drift bench generate deps install clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build bin/wgroam
 	CGO_ENABLED=0 go build -trimpath -ldflags '-X main.commit=$(COMMIT)' -o bin/wgroam ./cmd/wgroam
@@ -34,7 +35,7 @@ demo: build ## Show a roam and a failover on this machine, in network namespaces
 	bin/wgroam demo
 
 test: deps ## Install what is missing and run every test there is
-	@MAKE='$(MAKE)' test/tools/ladder lint drift test-unit test-net $(KERNEL:%=test-vm-%)
+	@MAKE='$(MAKE)' test/tools/ladder lint drift test-unit test-net $(KERNEL:%=test-vm-%) $(AMD64:%=test-selftest-%)
 
 test-unit: ## Run the unit tests
 	go test -race -v -run '$(RUN)' $$(go list ./... | grep -v '/test$$')
@@ -45,11 +46,29 @@ test-net: build ## Run the end-to-end tests in network namespaces of this machin
 test-vm: $(KERNEL:%=test-vm-%) ## Run the tests on Debian's kernels in QEMU: KERNEL=6.12 RUN=TestHook
 
 test-vm-%: vm-tests
-	@$(call in-guest,tests,$*,-test.v -test.run '$(RUN)')
+	@$(call in-guest,tests,$*,-test.v -test.run '$(RUN)',bin/wgroam)
+
+# What concerns the hook, which is another on another processor.
+test-vm-%-arm64: VM_PACKAGES = ./bpf ./tracker
+test-vm-%-arm64: vm-tests-arm64
+	@$(call in-guest,tests-arm64,$*-arm64,-test.v -test.run '$(RUN)',.cache/vm/tests-arm64/wgroam)
+
+test-selftest: $(AMD64:%=test-selftest-%) ## Run WireGuard's own test on Debian's kernels in QEMU, with the hook attached
+
+test-selftest-%:
+	CGO_ENABLED=0 go test -c -tags 'vm selftest' -o .cache/vm/selftest/ ./bpf
+	@test/vm/selftest $* bpf.test -test.v -test.timeout 19m -test.run TestSelftest
+
+SECONDS ?= 1800
 
 # Static, for the machine has no C library; race detection makes it three times slower, where QEMU makes it fifty.
 vm-tests: build
 	CGO_ENABLED=1 go test -race -c -tags 'vm netgo osusergo' -ldflags '-linkmode external -extldflags -static' -o .cache/vm/tests/ $(VM_PACKAGES)
+
+# Without race detection, which would need a C compiler for arm64.
+vm-tests-arm64:
+	CGO_ENABLED=0 GOARCH=arm64 go build -trimpath -o .cache/vm/tests-arm64/ ./cmd/wgroam
+	CGO_ENABLED=0 GOARCH=arm64 go test -c -tags vm -o .cache/vm/tests-arm64/ $(VM_PACKAGES)
 
 # Here, where most benchmarks find no WireGuard in the kernel and skip themselves, and then on Debian's kernels.
 bench: VM_PACKAGES = ./bpf ./test
@@ -59,8 +78,8 @@ bench: build ## Run the benchmarks here and on Debian's kernels in QEMU: KERNEL=
 	mkdir -p .cache/bench
 	CGO_ENABLED=0 go test -c -tags vm -o .cache/vm/benchmarks/ $(VM_PACKAGES)
 	go test -timeout 15m -run '^$$' -bench '$(RUN)' -benchtime 1x $(VM_PACKAGES) 2>&1 | tee .cache/bench/host.txt
-	@status=0; for kernel in $(KERNEL); do \
-		($(call in-guest,benchmarks,$$kernel,-test.run '^$$' -test.bench '$(RUN)' -test.benchtime 1x)) 2>&1 | \
+	@status=0; for kernel in $(AMD64); do \
+		($(call in-guest,benchmarks,$$kernel,-test.run '^$$' -test.bench '$(RUN)' -test.benchtime 1x,bin/wgroam)) 2>&1 | \
 			tee .cache/bench/$$kernel.txt || status=1; \
 	done; exit $$status
 
@@ -69,19 +88,21 @@ soak: VM_PACKAGES = ./test
 soak: MINUTES     = $(shell expr $(LIFE) + 10)
 soak: vm-tests ## Let devices, peers and daemons live at random, here and in QEMU: LIFE=30 (minutes) SEED=1 (root)
 	go test -race -v -count=1 -timeout 0 -run TestLife ./test -life $(LIFE)m -seed $(SEED)
-	@$(foreach kernel,$(KERNEL),($(call in-guest,tests,$(kernel),-test.v -test.run TestLife -life $(LIFE)m -seed $(SEED))) &&) true
+	@$(foreach kernel,$(AMD64),($(call in-guest,tests,$(kernel),-test.v -test.run TestLife -life $(LIFE)m -seed $(SEED),bin/wgroam)) &&) true
 
-# in-guest: runs the test binaries of VM_PACKAGES in .cache/vm/$(1) on the kernel $(2) with the arguments $(3).
+# in-guest: runs the test binaries of VM_PACKAGES in .cache/vm/$(1) on the kernel $(2) with the arguments $(3), beside
+# the wgroam $(4).
 in-guest = status=0; for package in $(VM_PACKAGES); do \
 		name=$$(basename $$package).test; echo "== $(2) $$package"; \
-		test/vm/run -t $(shell expr $(MINUTES) \* 60 + 60) -f bin/wgroam -f .cache/vm/$(1)/$$name \
+		test/vm/run -t $(shell expr $(MINUTES) \* 60 + 60) -f $(4) -f .cache/vm/$(1)/$$name \
 			$$([ ! -d $$package/testdata ] || echo -f $$package/testdata:/root/testdata) \
 			$(2) $$name -test.timeout $(MINUTES)m $(3) || status=1; \
 	done; exit $$status
 
 lint: ## Check the sources' form
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
-	go vet ./...
+	go vet -tags selftest ./...
+	GOARCH=arm64 go vet -tags selftest ./...
 	$(GOLANGCI) run --allow-serial-runners
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.[ch]
 	shellcheck $$(git ls-files -co --exclude-standard | xargs awk '/^#!.*[ \/](ba|da)?sh$$/ { print FILENAME } { nextfile }')

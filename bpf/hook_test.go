@@ -589,17 +589,19 @@ func TestHookConfirmed(t *testing.T) {
 	check(Event{Old: first, New: second, Cause: wgroam.CauseData})
 
 	// We begin.
-	if err := errors.Join(s.gw.LinkDown(), s.gw.LinkUp()); err != nil {
-		t.Fatal(err)
-	}
-	s.call()
-	await(t, "the handshake is over", func() bool {
+	lastHandshake := func() time.Time {
 		d, err := s.wg.Device(s.gw.Device())
 		if err != nil {
 			t.Fatal(err)
 		}
-		return time.Since(d.Peers[0].LastHandshake) < patience && d.Peers[0].Received > 0
-	})
+		return d.Peers[0].LastHandshake
+	}
+	before := lastHandshake()
+	if err := errors.Join(s.gw.LinkDown(), s.gw.LinkUp()); err != nil {
+		t.Fatal(err)
+	}
+	s.call()
+	await(t, "the handshake is over", func() bool { return lastHandshake().After(before) })
 	check(Event{New: second, Confirmed: true})
 
 	if latest := s.latest(); len(latest) != 1 || latest[0].Confirmed || latest[0].New != second {

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	be "encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -41,9 +42,10 @@ type life struct {
 	lab   *lab.Lab
 	nodes []*node
 	dirs  []string
-	base  []weights            // what each daemon held when it was first at rest; nil when not yet
-	spare int                  // of the names of links
-	stale map[*lab.Client]bool // its session is of a device that is gone
+	base  []weights                      // what each daemon held when it was first at rest; nil when not yet
+	spare int                            // of the names of links
+	extra map[*lab.Gateway][]wgtypes.Key // peers that never speak
+	stale map[*lab.Client]bool           // its session is of a device that is gone
 }
 
 // step is one thing that can happen.
@@ -55,11 +57,13 @@ type step struct {
 
 var steps = []step{
 	{"roam", 40, (*life).roam},
-	{"two clients swap", 4, (*life).swap},
+	{"two clients at once", 4, (*life).both},
+	{"back and forth", 4, (*life).flap},
 	{"handshake", 15, (*life).handshake},
 	{"flood", 6, (*life).flood},
 	{"admin", 6, (*life).admin},
 	{"peer removed and added", 4, (*life).readd},
+	{"silent peer added or removed", 4, (*life).silent},
 	{"link down and up", 3, (*life).bounce},
 	{"device deleted and made again", 2, (*life).recreate},
 	{"device renamed and back", 2, (*life).rename},
@@ -81,7 +85,7 @@ func TestLife(t *testing.T) {
 	v := &life{
 		t: t, rng: rand.New(rand.NewPCG(seed, 0)), lab: newLab(t, lab.Config{Clients: 5}),
 		dirs: []string{t.TempDir(), t.TempDir()}, base: make([]weights, 2), nodes: make([]*node, 2),
-		stale: make(map[*lab.Client]bool),
+		stale: make(map[*lab.Client]bool), extra: make(map[*lab.Gateway][]wgtypes.Key),
 	}
 	for i := range v.nodes {
 		v.start(i)
@@ -152,10 +156,16 @@ func (v *life) roam() error {
 	return err
 }
 
-// swap moves two clients to where nobody was, at once.
-func (v *life) swap() error {
-	for range 2 {
-		if err := v.roam(); err != nil {
+func (v *life) both() error { return errors.Join(v.roam(), v.roam()) }
+
+// flap moves a client many times in a row.
+func (v *life) flap() error {
+	c := v.client()
+	for range 1 + v.rng.IntN(20) {
+		if _, err := c.RoamPort(); err != nil {
+			return err
+		}
+		if err := c.Send(1); err != nil {
 			return err
 		}
 	}
@@ -226,6 +236,28 @@ func (v *life) readd() error {
 	return nil
 }
 
+// silent adds a peer that never speaks, with or without an endpoint, or removes
+// one.
+func (v *life) silent() error {
+	gw := v.gateway()
+	var cfg wgtypes.PeerConfig
+	if n := len(v.extra[gw]); n > 0 && v.rng.IntN(2) == 0 {
+		cfg = wgtypes.PeerConfig{PublicKey: v.extra[gw][n-1], Remove: true}
+		v.extra[gw] = v.extra[gw][:n-1]
+	} else {
+		key, err := wgtypes.GenerateKey()
+		if err != nil {
+			return err
+		}
+		cfg.PublicKey = key
+		v.extra[gw] = append(v.extra[gw], key)
+		if v.rng.IntN(2) == 0 {
+			cfg.Endpoint = &net.UDPAddr{IP: net.IPv4(192, 0, 2, byte(v.rng.IntN(250))), Port: 9}
+		}
+	}
+	return gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{Peers: []wgtypes.PeerConfig{cfg}})
+}
+
 func (v *life) bounce() error {
 	gw := v.gateway()
 	if err := gw.LinkDown(); err != nil {
@@ -237,7 +269,9 @@ func (v *life) bounce() error {
 
 func (v *life) recreate() error {
 	v.forgotten()
-	return v.gateway().Recreate()
+	gw := v.gateway()
+	delete(v.extra, gw)
+	return gw.Recreate()
 }
 
 // forgotten: the sessions of all clients are gone.
@@ -317,7 +351,7 @@ func (v *life) settle() error {
 		n.awaitNodes(len(v.nodes) - 1)
 		await(v.t, n.gw.Name+" follows its device", func() (bool, string) {
 			s := n.status()
-			return s.State == control.StateUp && s.Peers == len(v.lab.Clients), fmt.Sprintf("%+v", s)
+			return s.State == control.StateUp && s.Peers >= len(v.lab.Clients), fmt.Sprintf("%+v", s)
 		})
 	}
 	want := make(map[wgroam.Key]netip.AddrPort)
@@ -369,9 +403,19 @@ func (v *life) agrees(n *node, want map[wgroam.Key]netip.AddrPort) (bool, string
 	}
 	held, table := make(map[wgroam.Key]netip.AddrPort), make(map[wgroam.Key]netip.AddrPort)
 	for _, p := range peers.Peers {
-		held[p.Peer], table[p.Peer] = p.Held, p.Endpoint
+		if p.Held.IsValid() {
+			held[p.Peer] = p.Held
+		}
+		if p.Endpoint.IsValid() {
+			table[p.Peer] = p.Endpoint
+		}
 	}
-	return maps.Equal(device, want) && maps.Equal(held, want) && maps.Equal(table, want),
+	for k, ep := range want {
+		if device[k] != ep {
+			return false, fmt.Sprintf("clients %v\ndevice  %v", want, device)
+		}
+	}
+	return maps.Equal(device, held) && maps.Equal(table, want),
 		fmt.Sprintf("clients %v\ndevice  %v\nheld    %v\ntable   %v", want, device, held, table)
 }
 
