@@ -254,8 +254,11 @@ func (e *peerPeerEndpoint) addrPort() netip.AddrPort {
 // ObjectHashes returns the hexadecimal SHA-256 of every embedded BPF object, by
 // name.
 func ObjectHashes() map[string]string {
-	sum := sha256.Sum256(_PeerBytes)
-	return map[string]string{"peer": hex.EncodeToString(sum[:])}
+	hash := func(object []byte) string {
+		sum := sha256.Sum256(object)
+		return hex.EncodeToString(sum[:])
+	}
+	return map[string]string{"peer": hash(_PeerBytes), "uplink": hash(_UplinkBytes)}
 }
 
 // explain finds the reason behind an error of loading or attaching. The kernel
@@ -303,6 +306,7 @@ func exists(path string) bool {
 
 var capNames = map[int]string{
 	unix.CAP_BPF:       "CAP_BPF",
+	unix.CAP_NET_ADMIN: "CAP_NET_ADMIN",
 	unix.CAP_PERFMON:   "CAP_PERFMON",
 	unix.CAP_SYS_ADMIN: "CAP_SYS_ADMIN",
 }

@@ -192,19 +192,22 @@ func FuzzDecode(f *testing.F) {
 
 func TestObjectHashes(t *testing.T) {
 	hashes := ObjectHashes()
-	if got := slices.Collect(maps.Keys(hashes)); !slices.Equal(got, []string{"peer"}) {
-		t.Errorf("objects %q", got)
+	embedded := map[string][]byte{"peer": _PeerBytes, "uplink": _UplinkBytes}
+	if got, want := slices.Sorted(maps.Keys(hashes)), slices.Sorted(maps.Keys(embedded)); !slices.Equal(got, want) {
+		t.Errorf("objects %q, want %q", got, want)
 	}
-	object, err := os.ReadFile("peer_bpfel.o")
-	if errors.Is(err, os.ErrNotExist) {
-		object, err = _PeerBytes, nil // the machine of test/vm has no sources
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := sha256.Sum256(object)
-	if want := hex.EncodeToString(sum[:]); hashes["peer"] != want {
-		t.Errorf("hash %s, want %s", hashes["peer"], want)
+	for name, object := range embedded {
+		b, err := os.ReadFile(name + "_bpfel.o")
+		if errors.Is(err, os.ErrNotExist) {
+			b, err = object, nil // the machine of test/vm has no sources
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(b)
+		if want := hex.EncodeToString(sum[:]); hashes[name] != want {
+			t.Errorf("hash %s of %s, want %s", hashes[name], name, want)
+		}
 	}
 }
 
