@@ -93,25 +93,42 @@ func newLab(t testing.TB, cfg lab.Config) *lab.Lab {
 	return l
 }
 
-// shared is the hook of most tests: to attach one takes seconds in an emulated
-// machine.
-var shared = &Kernel{}
-
-// polled is a Kernel that leaves a tracker no better source than polling.
-func polled(t testing.TB) *Kernel {
-	t.Helper()
-	k := &Kernel{}
-	if err := k.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return k
+// sources are what a tracker may use.
+type sources struct {
+	*Kernel
+	port *Port
+	best Rung // what it will use
 }
 
-// eachRung runs a test with the hook, where the kernel can carry it, and with
-// polling.
-func eachRung(t *testing.T, f func(*testing.T, *Kernel)) {
+// shared is the hook of most tests: to attach one takes seconds in an emulated
+// machine.
+var shared = sources{&Kernel{}, closedPort(), RungFentry}
+
+func closedPort() *Port { return &Port{closed: true} }
+
+func closedKernel() *Kernel { return &Kernel{closed: true} }
+
+// polled leaves a tracker no better source than polling.
+func polled() sources { return sources{closedKernel(), closedPort(), RungPolling} }
+
+// ported leaves a tracker no better source than the UDP port.
+func ported(t testing.TB) sources {
+	t.Helper()
+	p := &Port{}
+	t.Cleanup(func() {
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return sources{closedKernel(), p, RungPort}
+}
+
+// eachRung runs a test with the hook, where the kernel can carry it, at the UDP
+// port, and with polling.
+func eachRung(t *testing.T, f func(*testing.T, sources)) {
 	t.Run("fentry", func(t *testing.T) { needKernel(t); f(t, shared) })
-	t.Run("polling", func(t *testing.T) { needRoot(t); f(t, polled(t)) })
+	t.Run("port", func(t *testing.T) { needRoot(t); f(t, ported(t)) })
+	t.Run("polling", func(t *testing.T) { needRoot(t); f(t, polled()) })
 }
 
 // live is a tracker of a gateway's device.
@@ -133,16 +150,16 @@ type live struct {
 }
 
 // start starts a tracker without a sweep worth the name.
-func start(t testing.TB, gw *lab.Gateway, kernel *Kernel) *live {
+func start(t testing.TB, gw *lab.Gateway, from sources) *live {
 	t.Helper()
-	return startWith(t, gw, kernel, time.Hour)
+	return startWith(t, gw, from, time.Hour)
 }
 
-func startWith(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration) *live {
+func startWith(t testing.TB, gw *lab.Gateway, from sources, sweep time.Duration) *live {
 	t.Helper()
 	v := &live{t: t, gw: gw, view: wgroam.NewView(), done: make(chan error, 1)}
 	cfg := Config{
-		Device: gw.Device(), Kernel: kernel, View: v.view,
+		Device: gw.Device(), Kernel: from.Kernel, Port: from.port, View: v.view,
 		Changed: func(o wgroam.Observation) {
 			v.mu.Lock()
 			v.changed = append(v.changed, o)
@@ -168,24 +185,25 @@ func startWith(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duratio
 		if cfg.Netns, err = wg.Netns(); err != nil {
 			return err
 		}
+		if cfg.Space, err = wg.OpenSpace(gw.NetNS()); err != nil {
+			return err
+		}
 		cfg.WG, err = wg.Open()
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cfg.WG.Close() })
+	t.Cleanup(func() { cfg.WG.Close(); cfg.Space.Close() })
 	v.Tracker = New(cfg)
 	if err := v.Start(); err != nil {
 		t.Fatal(err)
 	}
-	want := RungFentry
-	if kernel.closed {
-		want = RungPolling
+	if s := v.Status(); s.Rung != from.best || (s.Reason == "") != (from.best == RungFentry) {
+		t.Fatalf("status %+v, want rung %s", s, from.best)
 	}
-	if s := v.Status(); s.Rung != want || (s.Reason == "") != (want == RungFentry) {
-		t.Fatalf("status %+v, want rung %s", s, want)
-	}
+	// As if all sessions had begun since: nothing is polled any more.
+	v.since = time.Now().Add(-rejectAfter)
 	var ctx context.Context
 	ctx, v.cancel = context.WithCancel(context.Background())
 	go func() { v.done <- v.Run(ctx) }()
@@ -304,13 +322,13 @@ func rekey(t testing.TB, in func(func() error) error, device string, key wgroam.
 
 // TestLiveStart: what a tracker makes of a device with sessions on it.
 func TestLiveStart(t *testing.T) {
-	eachRung(t, func(t *testing.T, kernel *Kernel) {
+	eachRung(t, func(t *testing.T, from sources) {
 		l := newLab(t, lab.Config{Clients: 3})
 		gw := l.Gateways[0]
 		active, configured := l.Clients[0], l.Clients[1]
 		reach(t, active)
 		run(t, gw.Do, "wg", "set", gw.Device(), "peer", configured.Key().String(), "endpoint", at(1).String())
-		v := start(t, gw, kernel)
+		v := start(t, gw, from)
 		peers, err := gw.Peers()
 		if err != nil {
 			t.Fatal(err)
@@ -342,10 +360,10 @@ func TestLiveStart(t *testing.T) {
 
 // TestLiveRoams: peers move, an administrator moves one, peers come and go.
 func TestLiveRoams(t *testing.T) {
-	eachRung(t, func(t *testing.T, kernel *Kernel) {
+	eachRung(t, func(t *testing.T, from sources) {
 		l := newLab(t, lab.Config{Clients: 2})
 		gw, c, other := l.Gateways[0], l.Clients[0], l.Clients[1]
-		v := start(t, gw, kernel)
+		v := start(t, gw, from)
 		reach(t, c)
 		v.awaitAt(c, c.Endpoint())
 		eps := []netip.AddrPort{c.Endpoint()}
@@ -405,7 +423,7 @@ func TestLiveApplier(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	gw, c := l.Gateways[0], l.Clients[0]
 	reach(t, c)
-	v := start(t, gw, polled(t))
+	v := start(t, gw, polled())
 	v.stop() // the polls are ours
 	before, _ := v.said()
 	for i := range 20 {
@@ -703,10 +721,10 @@ func TestLiveFlood(t *testing.T) {
 }
 
 func TestLiveRekeyed(t *testing.T) {
-	eachRung(t, func(t *testing.T, kernel *Kernel) {
+	eachRung(t, func(t *testing.T, from sources) {
 		l := newLab(t, lab.Config{})
 		gw := l.Gateways[0]
-		v := start(t, gw, kernel)
+		v := start(t, gw, from)
 		rekey(t, gw.Do, gw.Device(), wgroam.Key{8, 31: 64})
 		v.wantDump()
 		if err := v.ended(); !errors.Is(err, ErrRekeyed) {
@@ -717,10 +735,10 @@ func TestLiveRekeyed(t *testing.T) {
 
 func TestLiveDeleted(t *testing.T) {
 	needKernel(t)
-	eachRung(t, func(t *testing.T, kernel *Kernel) {
+	eachRung(t, func(t *testing.T, from sources) {
 		l := newLab(t, lab.Config{})
 		gw := l.Gateways[0]
-		v := start(t, gw, kernel)
+		v := start(t, gw, from)
 		err := gw.Do(func() error {
 			link, err := netlink.LinkByName(gw.Device())
 			if err != nil {
@@ -818,7 +836,7 @@ func TestLiveKernelClosed(t *testing.T) {
 	if err := shared.Close(); err != nil {
 		t.Errorf("Close once more: %v", err)
 	}
-	shared = &Kernel{}
+	shared.Kernel = &Kernel{}
 	if done, err := v.cfg.Kernel.barrier(t.Context()); !done || err != nil {
 		t.Errorf("barrier: %v, %v", done, err)
 	}

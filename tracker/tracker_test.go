@@ -53,14 +53,14 @@ func at(n int) netip.AddrPort {
 // Times are milliseconds after its start.
 type fed struct {
 	*Tracker
-	t       *testing.T
+	t       testing.TB
 	boot    time.Duration
 	wall    time.Time
 	changed []wgroam.Observation
 	proven  []wgroam.Observation
 }
 
-func newFed(t *testing.T, rung Rung) *fed {
+func newFed(t testing.TB, rung Rung) *fed {
 	t.Helper()
 	boot, err := bootTime()
 	if err != nil {
@@ -68,11 +68,12 @@ func newFed(t *testing.T, rung Rung) *fed {
 	}
 	f := &fed{t: t, boot: boot, wall: time.Now()}
 	f.Tracker = New(Config{
-		Device: "wg0", Kernel: &Kernel{}, View: wgroam.NewView(), Log: quiet(),
+		Device: "wg0", Kernel: &Kernel{}, Port: &Port{}, View: wgroam.NewView(), Log: quiet(),
 		Changed: func(o wgroam.Observation) { f.changed = append(f.changed, o) },
 		Proven:  func(o wgroam.Observation) { f.proven = append(f.proven, o) },
 	})
 	f.status.Rung = rung
+	f.sessions = newSessions()
 	return f
 }
 

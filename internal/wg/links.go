@@ -36,6 +36,21 @@ func LinkByName(name string) (Link, error) {
 	return Link{Name: a.Name, Ifindex: a.Index, Up: a.RawFlags&unix.IFF_UP != 0}, nil
 }
 
+// Links returns all links of the calling thread's network namespace.
+func Links() ([]Link, error) {
+	links, err := netlink.LinkList()
+	// An interrupted dump is followed by a change that wakes who watches.
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	out := make([]Link, len(links))
+	for i, l := range links {
+		a := l.Attrs()
+		out[i] = Link{Name: a.Name, Ifindex: a.Index, Up: a.RawFlags&unix.IFF_UP != 0}
+	}
+	return out, nil
+}
+
 // uapiDir is where implementations in user space have their sockets.
 const uapiDir = "/var/run/wireguard"
 

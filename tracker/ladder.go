@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: MIT
+
+package tracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Rung is a source of observations.
+type Rung string
+
+// The rungs, best first. kprobe has its place between the first two.
+const (
+	RungFentry  Rung = "fentry"
+	RungPort    Rung = "port"
+	RungPolling Rung = "polling"
+	RungNone    Rung = "none"
+)
+
+// errUserspace is why the kernel hook is of no use for a device.
+var errUserspace = errors.New("the device is a user space implementation, which the kernel hook cannot see")
+
+// rejectAfter is how long a session lives at most, in every implementation
+// (messages.h REJECT_AFTER_TIME). When the program at the port has been there for
+// so long, it has seen the handshakes of all sessions.
+const rejectAfter = 180 * time.Second
+
+// lookEvery is how often the tracker looks whether the device's socket is still
+// where it was, or there again.
+const lookEvery = time.Second
+
+// ladder is a tracker's place, of its Run goroutine.
+type ladder struct {
+	tap *tap // on the rung port; else nil
+	// What a dump has said of the device, that the rungs depend on.
+	port      uint16
+	kernel    bool
+	peerCount int
+	// Why the better rungs do not work; nil where they do, or were not tried.
+	hookErr, portErr error
+}
+
+// climb takes the best rung that works. It reports whether that is another one
+// than before: what fell between has to be read from the device then.
+func (t *Tracker) climb() (other bool) {
+	if t.Status().Rung == RungFentry {
+		return false
+	}
+	if err := t.climbHook(); err == nil {
+		t.stepOff()
+		t.choose(RungFentry)
+		return true
+	}
+	return t.climbPort()
+}
+
+func (t *Tracker) climbHook() error {
+	t.hookErr = errUserspace
+	if t.kernel {
+		t.hookErr = t.cfg.Kernel.follow(t.id(), t.peerCount, &subscriber{t.event, t.lost, t.breaks})
+	}
+	return t.hookErr
+}
+
+// climbPort takes the rung port, or else polling.
+func (t *Tracker) climbPort() (other bool) {
+	if t.tap != nil {
+		t.choose(RungPort)
+		return false
+	}
+	t.mu.Lock()
+	t.sessions, t.unnamed, t.hinted = newSessions(), nil, 0
+	t.mu.Unlock()
+	t.tap, t.portErr = t.cfg.Port.follow(t.cfg.Space, t.port, t.peerCount,
+		&portSubscriber{t.uplinkEvent, t.uplinkLost, t.breaks})
+	if t.portErr != nil {
+		t.choose(RungPolling)
+		return false
+	}
+	t.pace = pace{}
+	t.mu.Lock()
+	t.since = time.Now()
+	t.mu.Unlock()
+	t.choose(RungPort)
+	return true
+}
+
+// stepOff leaves the rung port.
+func (t *Tracker) stepOff() {
+	if t.tap == nil {
+		return
+	}
+	if err := t.tap.close(); err != nil {
+		t.cfg.Log.Warn("cannot let go of a UDP port", "device", t.cfg.Device, "port", t.tap.port, "err", err)
+	}
+	t.tap = nil
+}
+
+// fall leaves a rung that broke. It is not tried again before the next sweep.
+func (t *Tracker) fall(err error) {
+	if t.Status().Rung == RungPort {
+		t.stepOff()
+		t.portErr = err
+		t.choose(RungPolling)
+		return
+	}
+	t.hookErr = err
+	t.climbPort()
+}
+
+// look looks after the device's socket: whether it is still at its port, or, if
+// there was none, whether there is one now.
+func (t *Tracker) look(ctx context.Context) error {
+	switch {
+	case t.tap == nil && !errors.Is(t.portErr, errNoSocket):
+		return nil // on a better rung, or no socket would help
+	case t.tap != nil:
+		ok, err := t.tap.bound()
+		if err != nil {
+			return err
+		}
+		if ok && t.tap.port == t.port {
+			return t.listen()
+		}
+		// It may have another port, or be down.
+		t.stepOff()
+		if err := t.dump(ctx, dumpResync); err != nil {
+			return err
+		}
+	}
+	if t.climbPort() {
+		return t.dump(ctx, dumpResync)
+	}
+	return nil
+}
+
+// choose notes the rung.
+func (t *Tracker) choose(rung Rung) {
+	var why []error
+	if t.hookErr != nil && rung != RungFentry {
+		why = append(why, fmt.Errorf("fentry: %w", t.hookErr))
+	}
+	if t.portErr != nil && rung == RungPolling {
+		why = append(why, fmt.Errorf("port: %w", t.portErr))
+	}
+	reason := ""
+	for i, err := range why {
+		if i > 0 {
+			reason += "; "
+		}
+		reason += err.Error()
+	}
+	t.mu.Lock()
+	same := t.status.Rung == rung && t.status.Reason == reason
+	t.status.Rung, t.status.Reason = rung, reason
+	t.mu.Unlock()
+	switch {
+	case same:
+	case rung == RungPolling:
+		t.cfg.Log.Warn("following endpoint changes by polling: slower, and causes are guesses",
+			"device", t.cfg.Device, "every", t.cfg.Poll, "reason", reason)
+	case reason == "":
+		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung)
+	default:
+		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung, "reason", reason)
+	}
+}
+
+// interval is how often the device is read anyway.
+func (t *Tracker) interval() time.Duration {
+	rung := t.Status().Rung
+	if rung == RungPolling || rung == RungPort && (t.young() || t.tap.unwatched() != nil) {
+		return t.cfg.Poll
+	}
+	return t.cfg.Sweep
+}
+
+// young reports whether there may be sessions that are older than the program at
+// the port, which knows nothing of them. It is called with or without t.mu held:
+// since does not change while the tracker is on the rung.
+func (t *Tracker) young() bool { return time.Since(t.since) < rejectAfter }
+
+// leave leaves whatever rung the tracker is on.
+func (t *Tracker) leave() error {
+	t.stepOff()
+	return t.cfg.Kernel.unfollow(t.id())
+}
+
+// barrier waits until the events from before the call have been taken.
+func (t *Tracker) barrier(ctx context.Context) (done bool, err error) {
+	if t.tap != nil {
+		return t.tap.barrier(ctx)
+	}
+	return t.cfg.Kernel.barrier(ctx)
+}
