@@ -39,8 +39,8 @@ const (
 var ErrRekeyed = errors.New("device has a new private key")
 
 // resyncDelay is how long after a suspicious event the device is dumped. It
-// lets the rest of a burst arrive, and bounds the dumps that a hostile peer
-// can cause to one per delay.
+// lets the rest of a burst arrive. What a hostile peer can cause is bounded
+// further by pace: a dump of many peers takes its time.
 const resyncDelay = 200 * time.Millisecond
 
 // settle is how long a change may take from where it is announced, by the hook
@@ -97,6 +97,7 @@ type Tracker struct {
 	cfg    Config
 	resync chan struct{} // a dump is wanted
 	broken chan error    // the hook died
+	pace   pace          // of dumps; Start's and Run's
 
 	mu     sync.Mutex
 	status Status
@@ -125,6 +126,7 @@ func New(cfg Config) *Tracker {
 		cfg:    cfg,
 		resync: make(chan struct{}, 1),
 		broken: make(chan error, 1),
+		pace:   pace{least: resyncDelay},
 		status: Status{Rung: RungNone},
 		peers:  make(map[wgroam.Key]*peer),
 	}
@@ -184,7 +186,12 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 
 	tick := time.NewTicker(t.interval())
 	defer tick.Stop()
+	var due <-chan time.Time // the dump that is wanted; nil when none is
 	for {
+		resync := t.resync
+		if due != nil {
+			resync = nil
+		}
 		why := dumpSweep
 		select {
 		case <-ctx.Done():
@@ -193,13 +200,14 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 			t.choose(RungPolling, err.Error())
 			tick.Reset(t.interval())
 		case <-tick.C:
-		case <-t.resync:
-			why = dumpResync
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(resyncDelay):
-			}
+		case <-resync:
+			due = time.After(max(resyncDelay, t.pace.rest(time.Now())))
+			continue
+		case <-due:
+			due, why = nil, dumpResync
+		}
+		if due != nil {
+			why = dumpResync // the one that is wanted would have found it, too
 		}
 		switch err := t.dump(ctx, why); {
 		case errors.Is(err, wg.ErrNoDevice), errors.Is(err, ErrRekeyed):
@@ -338,6 +346,7 @@ func (t *Tracker) dump(ctx context.Context, why dumpReason) error {
 	}
 	now := time.Now()
 	d, err := t.cfg.WG.Device(t.cfg.Device)
+	t.pace.did(now, time.Now())
 	if err != nil {
 		return err
 	}
