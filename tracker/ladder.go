@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/wgroam/wgroam/internal/wg"
 )
 
 // Rung is a source of observations.
@@ -36,11 +38,17 @@ const lookEvery = time.Second
 type ladder struct {
 	tap *tap // on the rung port; else nil
 	// What a dump has said of the device, that the rungs depend on.
-	port      uint16
-	kernel    bool
-	peerCount int
+	port       uint16
+	kernel     bool
+	peerCount  int
+	suppressed uint64 // hints, before the newest dump
 	// Why the better rungs do not work; nil where they do, or were not tried.
 	hookErr, portErr error
+}
+
+// saw notes what a dump says of the device.
+func (l *ladder) saw(d wg.Device) {
+	l.port, l.kernel, l.peerCount = uint16(d.Port), d.Kernel, len(d.Peers)
 }
 
 // climb takes the best rung that works. It reports whether that is another one
@@ -58,29 +66,29 @@ func (t *Tracker) climb() (other bool) {
 }
 
 func (t *Tracker) climbHook() error {
-	t.hookErr = errUserspace
-	if t.kernel {
-		t.hookErr = t.cfg.Kernel.follow(t.id(), t.peerCount, &subscriber{t.event, t.lost, t.breaks})
+	t.ladder.hookErr = errUserspace
+	if t.ladder.kernel {
+		t.ladder.hookErr = t.cfg.Kernel.follow(t.id(), t.ladder.peerCount, &subscriber{t.event, t.lost, t.breaks})
 	}
-	return t.hookErr
+	return t.ladder.hookErr
 }
 
 // climbPort takes the rung port, or else polling.
 func (t *Tracker) climbPort() (other bool) {
-	if t.tap != nil {
+	if t.ladder.tap != nil {
 		t.choose(RungPort)
 		return false
 	}
 	t.mu.Lock()
 	t.sessions, t.unnamed, t.hinted = newSessions(), nil, 0
 	t.mu.Unlock()
-	t.tap, t.portErr = t.cfg.Port.follow(t.cfg.Space, t.port, t.peerCount,
+	t.ladder.tap, t.ladder.portErr = t.cfg.Port.follow(t.cfg.Space, t.ladder.port, t.ladder.peerCount,
 		&portSubscriber{t.uplinkEvent, t.uplinkLost, t.breaks})
-	if t.portErr != nil {
+	if t.ladder.portErr != nil {
 		t.choose(RungPolling)
 		return false
 	}
-	t.pace = pace{}
+	t.ladder.suppressed = 0
 	t.mu.Lock()
 	t.since = time.Now()
 	t.mu.Unlock()
@@ -90,24 +98,24 @@ func (t *Tracker) climbPort() (other bool) {
 
 // stepOff leaves the rung port.
 func (t *Tracker) stepOff() {
-	if t.tap == nil {
+	if t.ladder.tap == nil {
 		return
 	}
-	if err := t.tap.close(); err != nil {
-		t.cfg.Log.Warn("cannot let go of a UDP port", "device", t.cfg.Device, "port", t.tap.port, "err", err)
+	if err := t.ladder.tap.close(); err != nil {
+		t.cfg.Log.Warn("cannot let go of a UDP port", "device", t.cfg.Device, "port", t.ladder.tap.port, "err", err)
 	}
-	t.tap = nil
+	t.ladder.tap = nil
 }
 
 // fall leaves a rung that broke. It is not tried again before the next sweep.
 func (t *Tracker) fall(err error) {
 	if t.Status().Rung == RungPort {
 		t.stepOff()
-		t.portErr = err
+		t.ladder.portErr = err
 		t.choose(RungPolling)
 		return
 	}
-	t.hookErr = err
+	t.ladder.hookErr = err
 	t.climbPort()
 }
 
@@ -115,14 +123,14 @@ func (t *Tracker) fall(err error) {
 // there was none, whether there is one now.
 func (t *Tracker) look(ctx context.Context) error {
 	switch {
-	case t.tap == nil && !errors.Is(t.portErr, errNoSocket):
+	case t.ladder.tap == nil && !errors.Is(t.ladder.portErr, errNoSocket):
 		return nil // on a better rung, or no socket would help
-	case t.tap != nil:
-		ok, err := t.tap.bound()
+	case t.ladder.tap != nil:
+		ok, err := t.ladder.tap.bound()
 		if err != nil {
 			return err
 		}
-		if ok && t.tap.port == t.port {
+		if ok && t.ladder.tap.port == t.ladder.port {
 			return t.listen()
 		}
 		// It may have another port, or be down.
@@ -140,11 +148,11 @@ func (t *Tracker) look(ctx context.Context) error {
 // choose notes the rung.
 func (t *Tracker) choose(rung Rung) {
 	var why []error
-	if t.hookErr != nil && rung != RungFentry {
-		why = append(why, fmt.Errorf("fentry: %w", t.hookErr))
+	if t.ladder.hookErr != nil && rung != RungFentry {
+		why = append(why, fmt.Errorf("fentry: %w", t.ladder.hookErr))
 	}
-	if t.portErr != nil && rung == RungPolling {
-		why = append(why, fmt.Errorf("port: %w", t.portErr))
+	if t.ladder.portErr != nil && rung == RungPolling {
+		why = append(why, fmt.Errorf("port: %w", t.ladder.portErr))
 	}
 	reason := ""
 	for i, err := range why {
@@ -172,7 +180,7 @@ func (t *Tracker) choose(rung Rung) {
 // interval is how often the device is read anyway.
 func (t *Tracker) interval() time.Duration {
 	rung := t.Status().Rung
-	if rung == RungPolling || rung == RungPort && (t.young() || t.tap.unwatched() != nil) {
+	if rung == RungPolling || rung == RungPort && (t.young() || t.ladder.tap.unwatched() != nil) {
 		return t.cfg.Poll
 	}
 	return t.cfg.Sweep
@@ -191,8 +199,8 @@ func (t *Tracker) leave() error {
 
 // barrier waits until the events from before the call have been taken.
 func (t *Tracker) barrier(ctx context.Context) (done bool, err error) {
-	if t.tap != nil {
-		return t.tap.barrier(ctx)
+	if t.ladder.tap != nil {
+		return t.ladder.tap.barrier(ctx)
 	}
 	return t.cfg.Kernel.barrier(ctx)
 }

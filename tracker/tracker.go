@@ -29,8 +29,8 @@ import (
 var ErrRekeyed = errors.New("device has a new private key")
 
 // resyncDelay is how long after a suspicious event the device is dumped. It
-// lets the rest of a burst arrive, and bounds the dumps that a hostile peer
-// can cause to one per delay.
+// lets the rest of a burst arrive. What a hostile peer can cause is bounded
+// further by pace: a dump of many peers takes its time.
 const resyncDelay = 200 * time.Millisecond
 
 // settle is how long a change may take from where it is announced, by the hook
@@ -91,9 +91,8 @@ type Tracker struct {
 	cfg    Config
 	resync chan struct{} // a dump is wanted
 	broken chan error    // the rung broke
-
-	ladder
-	pace pace
+	pace   pace          // of dumps; Start's and Run's
+	ladder ladder        // Start's and Run's
 
 	mu     sync.Mutex
 	status Status
@@ -134,6 +133,7 @@ func New(cfg Config) *Tracker {
 		cfg:    cfg,
 		resync: make(chan struct{}, 1),
 		broken: make(chan error, 1),
+		pace:   pace{least: resyncDelay},
 		status: Status{Rung: RungNone},
 		peers:  make(map[wgroam.Key]*peer),
 	}
@@ -155,7 +155,7 @@ func (t *Tracker) Start() error {
 	if err != nil {
 		return err
 	}
-	t.port, t.kernel, t.peerCount = uint16(d.Port), d.Kernel, len(d.Peers)
+	t.ladder.saw(d)
 	t.climb()
 	if err := t.dump(context.Background(), dumpStart); err != nil {
 		_ = t.leave() // the reason for failing is the one to report
@@ -181,7 +181,12 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 	defer climb.Stop()
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
+	var due <-chan time.Time // the dump that is wanted; nil when none is
 	for {
+		resync := t.resync
+		if due != nil {
+			resync = nil
+		}
 		var err error
 		select {
 		case <-ctx.Done():
@@ -190,19 +195,21 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 			t.fall(broken)
 			err = t.dump(ctx, dumpResync)
 		case <-tick.C:
-			err = t.dump(ctx, dumpSweep)
+			why := dumpSweep
+			if due != nil {
+				why = dumpResync // the one that is wanted would have found it, too
+			}
+			err = t.dump(ctx, why)
 		case <-climb.C:
 			if t.climb() {
 				err = t.dump(ctx, dumpResync)
 			}
 		case <-look.C:
 			err = t.look(ctx)
-		case <-t.resync:
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(t.delay()):
-			}
+		case <-resync:
+			due = time.After(max(t.patience(), t.pace.rest(time.Now())))
+		case <-due:
+			due = nil
 			err = t.dump(ctx, dumpResync)
 		}
 		switch {
@@ -344,10 +351,10 @@ func (t *Tracker) dump(ctx context.Context, why dumpReason) error {
 	}
 	now := time.Now()
 	d, err := t.cfg.WG.Device(t.cfg.Device)
+	t.pace.did(now, time.Now())
 	if err != nil {
 		return err
 	}
-	t.pace.took = time.Since(now)
 	// An event from before the dump that still waits would look like a miss.
 	done, err := t.barrier(ctx)
 	if err != nil {
@@ -356,9 +363,8 @@ func (t *Tracker) dump(ctx context.Context, why dumpReason) error {
 	if !done && why == dumpSweep {
 		why = dumpResync
 	}
-	t.port, t.kernel, t.peerCount = uint16(d.Port), d.Kernel, len(d.Peers)
+	t.ladder.saw(d)
 	t.hush(suppressed)
-	defer func() { t.pace.ended = time.Now() }()
 	return t.take(d, why, start, now)
 }
 

@@ -21,12 +21,9 @@ const (
 	// done just before. WireGuard has yet to decrypt the packet that the hint is
 	// of.
 	hintDelay = 10 * time.Millisecond
-	// A dump may take this share of the time, whoever sends what to the port.
-	dumpShare = 10
-	// dumpPause is the least that lies between two dumps.
-	dumpPause = resyncDelay
 	// late is how long WireGuard may take with a packet. It is shorter than
-	// dumpPause, so that the dump after the next is late enough.
+	// resyncDelay, the least that lies between two dumps, so that the second one
+	// after a hint is late enough.
 	late = 100 * time.Millisecond
 	// hintLife is how long a hint explains a change that is found later.
 	hintLife = 10 * time.Second
@@ -239,36 +236,29 @@ func (t *Tracker) nameAgain() {
 	}
 }
 
-// pace spaces the dumps that others can cause.
-type pace struct {
-	ended      time.Time     // the newest dump
-	took       time.Duration // the newest reading of the device
-	suppressed uint64        // hints, before the newest dump
-}
-
-// delay is how long to wait with a dump that is wanted.
-func (t *Tracker) delay() time.Duration {
-	if t.tap == nil {
+// patience is how long a dump that is wanted waits at least.
+func (t *Tracker) patience() time.Duration {
+	if t.ladder.tap == nil {
 		return resyncDelay
 	}
-	return max(hintDelay, time.Until(t.pace.ended.Add(max(dumpPause, dumpShare*t.pace.took))))
+	return hintDelay
 }
 
 func (t *Tracker) suppressed() (uint64, error) {
-	if t.tap == nil {
+	if t.ladder.tap == nil {
 		return 0, nil
 	}
-	return t.tap.suppressed()
+	return t.ladder.tap.suppressed()
 }
 
 // hush compares how many hints were suppressed before a dump with the number
 // before the one that preceded it. There will be another dump until it stands
 // still, so that one is late enough for all of them.
 func (t *Tracker) hush(suppressed uint64) {
-	if suppressed == t.pace.suppressed {
+	if suppressed == t.ladder.suppressed {
 		return
 	}
-	t.pace.suppressed = suppressed
+	t.ladder.suppressed = suppressed
 	t.mu.Lock()
 	t.missed()
 	t.mu.Unlock()
@@ -279,7 +269,7 @@ func (t *Tracker) hush(suppressed uint64) {
 // kernel tells nobody: others may have used up what the devices have together.
 func (t *Tracker) listen() error {
 	suppressed, err := t.suppressed()
-	if err == nil && suppressed != t.pace.suppressed {
+	if err == nil && suppressed != t.ladder.suppressed {
 		t.wantDump()
 	}
 	return err
