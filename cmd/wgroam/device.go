@@ -31,6 +31,7 @@ type daemon struct {
 	wg      *wg.Client
 	netns   uint32
 	kernel  *tracker.Kernel
+	port    *tracker.Port
 	events  *control.Hub
 	devices []*device
 	serving chan struct{} // closed when there is a server
@@ -265,7 +266,7 @@ func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*sess
 	})
 	s.tracker = tracker.New(tracker.Config{
 		Device: link.Name, Ifindex: link.Ifindex, Netns: d.d.netns,
-		Kernel: d.d.kernel, WG: d.d.wg, View: s.view,
+		Kernel: d.d.kernel, Port: d.d.port, WG: d.d.wg, View: s.view,
 		Changed: func(o wgroam.Observation) {
 			if isChange(o) {
 				d.d.events.Publish(control.NewEvent(d.cfg.Name, o, time.Now()))

@@ -63,10 +63,12 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	}
 	kernel := new(tracker.Kernel)
 	defer kernel.Close()
+	port := new(tracker.Port)
+	defer port.Close()
 
 	d := &daemon{
 		cfg: cfg, log: log, started: started,
-		wg: client, netns: netns, kernel: kernel,
+		wg: client, netns: netns, kernel: kernel, port: port,
 		events:  control.NewHub(),
 		groups:  make(map[string]string),
 		serving: make(chan struct{}),

@@ -107,6 +107,8 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 	}
 	var kernel tracker.Kernel
 	defer kernel.Close()
+	var port tracker.Port
+	defer port.Close()
 
 	fail := func(err error) {
 		select {
@@ -117,7 +119,7 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 	session := func(ctx context.Context, link wg.Link) error {
 		t := tracker.New(tracker.Config{
 			Device: link.Name, Ifindex: link.Ifindex, Netns: netns,
-			Kernel: &kernel, WG: client, View: wgroam.NewView(),
+			Kernel: &kernel, Port: &port, WG: client, View: wgroam.NewView(),
 			Poll: defaultPoll, Sweep: defaultSweep, Log: e.log,
 			Proven: func(wgroam.Observation) {},
 			Changed: func(o wgroam.Observation) {
