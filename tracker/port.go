@@ -24,6 +24,7 @@ import (
 type Port struct {
 	mu     sync.Mutex
 	spaces map[uint32]*space // by inode of the namespace
+	lost   uint64            // in those that are closed
 	closed bool
 }
 
@@ -84,8 +85,7 @@ func (p *Port) follow(home *wg.Space, port uint16, peers int, sub *portSubscribe
 	}
 	s := p.spaces[id]
 	if s != nil && s.alive() != nil {
-		s.close()
-		delete(p.spaces, id)
+		_ = p.drop(id) // it is broken already
 		s = nil
 	}
 	if s != nil {
@@ -107,11 +107,31 @@ func (p *Port) follow(home *wg.Space, port uint16, peers int, sub *portSubscribe
 
 // release ends a space that nobody needs any more. It is called with p.mu held.
 func (p *Port) release(t *tap) {
-	if p.spaces[t.id] != t.s || t.s.used() {
-		return
+	if p.spaces[t.id] == t.s && !t.s.used() {
+		_ = p.drop(t.id) // there is nothing to be done about it
 	}
-	t.s.close()
-	delete(p.spaces, t.id)
+}
+
+// drop ends a space. It is called with p.mu held.
+func (p *Port) drop(id uint32) error {
+	s := p.spaces[id]
+	delete(p.spaces, id)
+	err := s.close()
+	p.lost += s.lost
+	return err
+}
+
+// Lost returns how many events the kernel could not put into the ring buffers.
+func (p *Port) Lost() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := p.lost
+	for _, s := range p.spaces {
+		s.mu.Lock()
+		n += s.lost
+		s.mu.Unlock()
+	}
+	return n
 }
 
 // Close detaches all programs.
@@ -120,10 +140,9 @@ func (p *Port) Close() error {
 	defer p.mu.Unlock()
 	p.closed = true
 	var errs []error
-	for _, s := range p.spaces {
-		errs = append(errs, s.close())
+	for id := range p.spaces {
+		errs = append(errs, p.drop(id))
 	}
-	p.spaces = nil
 	return errors.Join(errs...)
 }
 

@@ -72,7 +72,7 @@ func (d *device) status() control.DeviceStatus {
 	t := s.tracker.Status()
 	out.Detector = control.Detector{Rung: string(t.Rung), Reason: t.Reason}
 	out.Events, out.Resyncs, out.SweepRepairs = t.Events, t.Resyncs, t.SweepRepairs
-	out.Lost = d.d.kernel.Lost()
+	out.Lost = d.d.kernel.Lost() + d.d.port.Lost()
 	out.Peers, out.Records = s.view.Len(), s.table.Len()
 	for _, r := range s.table.Records() {
 		if _, ok := s.view.Get(r.Peer); !ok {
