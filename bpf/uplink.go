@@ -23,26 +23,27 @@ import (
 type UplinkKind uint8
 
 const (
-	// UplinkInitiation: a handshake initiation left for Addr. Local and Message
-	// are set.
+	// UplinkInitiation is a handshake initiation that left for Addr. Local and
+	// Message are set.
 	UplinkInitiation UplinkKind = 1
-	// UplinkResponse: a handshake response left for Addr. Local, Remote and
+	// UplinkResponse is a handshake response that left for Addr. Local, Remote and
 	// Message are set. The initiation may have been an old one that somebody
 	// repeated: it is proof when data follows (UplinkConfirmed, UplinkMoved).
 	UplinkResponse UplinkKind = 2
-	// UplinkMoved: data under Remote leaves for Addr, and not for Old any more.
+	// UplinkMoved is data under Remote that leaves for Addr, and not for Old any
+	// more.
 	UplinkMoved UplinkKind = 3
-	// UplinkUnknown: data under Remote leaves for Addr. The session is older
+	// UplinkUnknown is data under Remote that leaves for Addr. The session is older
 	// than the program, or the peer has answered our initiation.
 	UplinkUnknown UplinkKind = 4
-	// UplinkHint: something that may be data came in under Local from Addr: the
-	// first of a session, or from another address than before. It may be forged,
-	// and WireGuard has not seen it yet: reason to ask the device where its peer
-	// is, a little later and once more. The same is hinted at again after 250 ms,
-	// 4 s and 64 s if more of it comes. The numbers are bounded, see Suppressed.
+	// UplinkHint is something that came in under Local from Addr and may be data:
+	// the first of a session, or from another address than before. It may be
+	// forged, and WireGuard has not seen it yet: reason to ask the device where its
+	// peer is, a little later and once more. The same is hinted at again after 250
+	// ms, 4 s and 64 s if more of it comes. The numbers are bounded, see Suppressed.
 	UplinkHint UplinkKind = 5
-	// UplinkConfirmed: the first data under Remote after an UplinkResponse leaves,
-	// for the same Addr. WireGuard sends it when the peer has proven that it
+	// UplinkConfirmed is the first data under Remote after an UplinkResponse, for
+	// the same Addr. WireGuard sends it when the peer has proven that it
 	// holds the keys of the session.
 	UplinkConfirmed UplinkKind = 6
 )

@@ -28,6 +28,10 @@ func far(n int) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, byte(n >> 8), byte(n)}), uint16(1000+n))
 }
 
+func far6(n int) netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 1, 14: byte(n >> 8), 15: byte(n)}), uint16(1000+n))
+}
+
 // frame is a UDP datagram on its way, for those who want it to look odd.
 type frame struct {
 	src, dst netip.AddrPort
@@ -325,4 +329,3 @@ func TestUplinkSessions(t *testing.T) {
 		t.Errorf("%d lost, %d suppressed", lost, suppressed)
 	}
 }
-
