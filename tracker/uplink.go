@@ -210,13 +210,15 @@ func (t *Tracker) missed() {
 }
 
 // explained reports whether a peer's packets can have brought the endpoint of a
-// dump that began at start, and since when it is known, if it is. Without a hint,
-// it was configured: unless the peer spoke, and we have never had hints of its session.
+// dump that began at start, and since when that is known. If there was no hint, it
+// was configured; but if there cannot have been one, it is enough that the peer
+// spoke: when hints are missing or were never had of its session, or when it was
+// there before, for then it is not hinted at again.
 func (t *Tracker) explained(p *peer, ep netip.AddrPort, spoke bool, start time.Duration) (yes bool, since time.Duration) {
 	switch {
 	case p.hint.from == ep && start-p.hint.boot < hintLife:
 		return true, min(p.hint.boot, start)
-	case t.young() || start < t.deaf || !p.heard:
+	case t.young() || start < t.deaf || !p.heard || p.hint.from == ep:
 		return spoke, start
 	}
 	return false, start

@@ -33,7 +33,7 @@ type Gateway struct {
 	dead    bool           // guarded by lab.mu
 }
 
-func (g *Gateway) build(log *slog.Logger) error {
+func (g *Gateway) build(program string, log *slog.Logger) error {
 	var err error
 	if g.ns, err = newNamespace("gateway " + g.Name); err != nil {
 		return err
@@ -62,7 +62,7 @@ func (g *Gateway) build(log *slog.Logger) error {
 	}
 
 	name := "wg0"
-	if !g.lab.Kernel {
+	if program != "" || !g.lab.Kernel {
 		name = g.lab.prefix + g.Name
 	}
 	listen := ListenPort
@@ -73,7 +73,7 @@ func (g *Gateway) build(log *slog.Logger) error {
 			AllowedIPs: []net.IPNet{*ipNet(host(c.Inner4)), *ipNet(host(c.Inner6))},
 		})
 	}
-	if g.dev, err = newWGDevice(g.ns, name, g.lab.Kernel, log, inner4, inner6, cfg); err != nil {
+	if g.dev, err = newWGDevice(g.ns, name, program, g.lab.Kernel, log, inner4, inner6, cfg); err != nil {
 		return err
 	}
 	return g.serve()

@@ -79,6 +79,10 @@ type Config struct {
 	Clients int
 	// Keepalive is the clients' persistent keepalive, in whole seconds; 0 is off.
 	Keepalive time.Duration
+	// GatewayProgram and ClientProgram are executables of wireguard-go that run the
+	// devices, each in a process of its own. Empty: those of the kernel, or
+	// wireguard-go in this process.
+	GatewayProgram, ClientProgram string
 	// Log receives what wireguard-go says; nil discards it.
 	Log *slog.Logger
 }
@@ -176,7 +180,7 @@ func (l *Lab) build(ctx context.Context, cfg Config) error {
 			lab:   l,
 		}
 		l.Gateways = append(l.Gateways, g)
-		if err := g.build(cfg.Log); err != nil {
+		if err := g.build(cfg.GatewayProgram, cfg.Log); err != nil {
 			return fmt.Errorf("gateway %s: %w", name, err)
 		}
 	}
@@ -184,7 +188,7 @@ func (l *Lab) build(ctx context.Context, cfg Config) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := c.build(cfg.Log, cfg.Keepalive); err != nil {
+		if err := c.build(cfg.ClientProgram, cfg.Log, cfg.Keepalive); err != nil {
 			return fmt.Errorf("client %d: %w", c.n, err)
 		}
 	}
