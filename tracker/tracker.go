@@ -123,7 +123,7 @@ type peer struct {
 
 	// On the rung port.
 	mac1  mac1 // made when it is needed
-	hint  hint // the newest
+	hints hints
 	heard bool // there was a hint of the newest session
 }
 

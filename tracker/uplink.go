@@ -40,6 +40,36 @@ type hint struct {
 	boot time.Duration
 }
 
+// hints are the newest of a peer, each from another place, the newest first.
+type hints struct {
+	list [4]hint
+	// full is CLOCK_BOOTTIME until which there may have been others.
+	full time.Duration
+}
+
+func (l *hints) add(h hint) {
+	i := slices.IndexFunc(l.list[:], func(old hint) bool { return old.from == h.from })
+	if i < 0 {
+		i = len(l.list) - 1
+		if l.list[i].boot != 0 && h.boot-l.list[i].boot < hintLife {
+			l.full = h.boot + hintLife
+		}
+	}
+	copy(l.list[1:i+1], l.list[:i])
+	l.list[0] = h
+}
+
+// from returns when there was a hint from a place within the time before now
+// that a hint is good for.
+func (l *hints) from(ep netip.AddrPort, now time.Duration) (boot time.Duration, ok bool) {
+	for _, h := range l.list {
+		if h.boot != 0 && h.from == ep && now-h.boot < hintLife {
+			return h.boot, true
+		}
+	}
+	return 0, false
+}
+
 // uplinkEvent takes an event of the program at the UDP port.
 func (t *Tracker) uplinkEvent(e bpf.UplinkEvent) {
 	now := time.Now()
@@ -94,7 +124,7 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 			t.wantDump()
 			return
 		}
-		if p.pending == nil && p.hint.from == e.Addr && e.Boot-p.hint.boot < hintLife {
+		if _, hinted := p.hints.from(e.Addr, e.Boot); hinted && p.pending == nil {
 			t.went(k, e, wgroam.CauseData, at)
 			return
 		}
@@ -117,7 +147,7 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 		if t.sessions.newestLocal(k, e.Local) {
 			p.heard = true
 		}
-		p.hint = hint{e.Addr, e.Boot}
+		p.hints.add(hint{e.Addr, e.Boot})
 		if held, _ := t.cfg.View.Get(k); held.Endpoint != e.Addr || p.pending != nil {
 			t.hinted = e.Boot
 			t.wantDump()
@@ -215,10 +245,10 @@ func (t *Tracker) missed() {
 // spoke: when hints are missing or were never had of its session, or when it was
 // there before, for then it is not hinted at again.
 func (t *Tracker) explained(p *peer, ep netip.AddrPort, spoke bool, start time.Duration) (yes bool, since time.Duration) {
-	switch {
-	case p.hint.from == ep && start-p.hint.boot < hintLife:
-		return true, min(p.hint.boot, start)
-	case t.young() || start < t.deaf || !p.heard || p.hint.from == ep:
+	if boot, ok := p.hints.from(ep, start); ok {
+		return true, min(boot, start)
+	}
+	if t.young() || start < t.deaf || start < p.hints.full || !p.heard || p.hints.list[0].from == ep {
 		return spoke, start
 	}
 	return false, start
