@@ -96,20 +96,21 @@ func newLab(t testing.TB, cfg lab.Config) *lab.Lab {
 // sources are what a tracker may use.
 type sources struct {
 	*Kernel
-	port *Port
-	best Rung // what it will use
+	port  *Port
+	best  Rung // what it will use
+	young bool // there may be sessions older than the rung port
 }
 
 // shared is the hook of most tests: to attach one takes seconds in an emulated
 // machine.
-var shared = sources{&Kernel{}, closedPort(), RungFentry}
+var shared = sources{Kernel: &Kernel{}, port: closedPort(), best: RungFentry}
 
 func closedPort() *Port { return &Port{closed: true} }
 
 func closedKernel() *Kernel { return &Kernel{closed: true} }
 
 // polled leaves a tracker no better source than polling.
-func polled() sources { return sources{closedKernel(), closedPort(), RungPolling} }
+func polled() sources { return sources{Kernel: closedKernel(), port: closedPort(), best: RungPolling} }
 
 // ported leaves a tracker no better source than the UDP port.
 func ported(t testing.TB) sources {
@@ -120,7 +121,7 @@ func ported(t testing.TB) sources {
 			t.Error(err)
 		}
 	})
-	return sources{closedKernel(), p, RungPort}
+	return sources{Kernel: closedKernel(), port: p, best: RungPort}
 }
 
 // eachRung runs a test with the hook, where the kernel can carry it, at the UDP
@@ -202,8 +203,10 @@ func startWith(t testing.TB, gw *lab.Gateway, from sources, sweep time.Duration)
 	if s := v.Status(); s.Rung != from.best || (s.Reason == "") != (from.best == RungFentry) {
 		t.Fatalf("status %+v, want rung %s", s, from.best)
 	}
-	// As if all sessions had begun since: nothing is polled any more.
-	v.since = time.Now().Add(-rejectAfter)
+	if !from.young {
+		// As if all sessions had begun since: nothing is polled any more.
+		v.since = time.Now().Add(-rejectAfter)
+	}
 	var ctx context.Context
 	ctx, v.cancel = context.WithCancel(context.Background())
 	go func() { v.done <- v.Run(ctx) }()

@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,9 +23,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam"
-	"github.com/wgroam/wgroam/bpf"
 	"github.com/wgroam/wgroam/internal/lab"
-	"github.com/wgroam/wgroam/internal/wg"
 )
 
 // eachDevice runs a test at the UDP port with several implementations: the
@@ -480,11 +477,9 @@ func TestPortOldSession(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	gw, c := l.Gateways[0], l.Clients[0]
 	reach(t, c)
-	v := start(t, gw, ported(t))
-	v.Tracker.mu.Lock()
-	v.since = time.Now()
-	v.Tracker.mu.Unlock()
-	v.wantDump() // Run looks at the time again
+	from := ported(t)
+	from.young = true
+	v := start(t, gw, from)
 	ep, err := c.RoamPort()
 	if err == nil {
 		err = c.Send(1)
@@ -495,8 +490,7 @@ func TestPortOldSession(t *testing.T) {
 	v.provenAt(c, ep)
 }
 
-// TestPortSocketMoves: the listen port changes, while and after the socket is
-// elsewhere: the link can be in another namespace than the socket.
+// TestPortMoves: the listen port changes, and the link goes down and up.
 func TestPortMoves(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	gw, c := l.Gateways[0], l.Clients[0]
@@ -548,7 +542,3 @@ func (s sources) follows(port uint16) bool {
 	}
 	return false
 }
-
-var _ = bpf.UplinkHint
-var _ = filepath.Join
-var _ wg.Peer
