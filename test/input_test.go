@@ -385,14 +385,31 @@ func TestMetrics(t *testing.T) {
 		s := n.status()
 		return s.Records == 1, fmt.Sprintf("%+v", s)
 	})
+	body := metrics(t, a, "127.0.0.1:9586")
+	for _, want := range []string{
+		fmt.Sprintf("wgroam_records{device=%q,netns=\"\"} 1\n", a.Device()),
+		fmt.Sprintf("wgroam_sweep_repairs_total{device=%q,netns=\"\"} 0\n", a.Device()),
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("metrics lack %q:\n%s", want, body)
+		}
+	}
+	if strings.Contains(body, c.Endpoint().Addr().String()) || strings.Contains(body, c.Key().String()) {
+		t.Errorf("metrics tell where or who a peer is:\n%s", body)
+	}
+}
+
+// metrics gets what a daemon on gw serves there.
+func metrics(t testing.TB, gw *lab.Gateway, listen string) string {
+	t.Helper()
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(_ context.Context, network, addr string) (conn net.Conn, err error) {
-			err = a.Do(func() error { conn, err = net.Dial(network, addr); return err })
+			err = gw.Do(func() error { conn, err = net.Dial(network, addr); return err })
 			return conn, err
 		},
 	}}
-	resp, err := client.Get("http://127.0.0.1:9586/metrics")
+	resp, err := client.Get("http://" + listen + "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -401,17 +418,7 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{
-		fmt.Sprintf("wgroam_records{device=%q} 1\n", a.Device()),
-		fmt.Sprintf("wgroam_sweep_repairs_total{device=%q} 0\n", a.Device()),
-	} {
-		if !strings.Contains(string(body), want) {
-			t.Errorf("metrics lack %q:\n%s", want, body)
-		}
-	}
-	if strings.Contains(string(body), c.Endpoint().Addr().String()) || strings.Contains(string(body), c.Key().String()) {
-		t.Errorf("metrics tell where or who a peer is:\n%s", body)
-	}
+	return string(body)
 }
 
 // TestWatchDaemon: watch through a daemon shows what a watch of its own shows.
