@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam/bpf"
+	"github.com/wgroam/wgroam/internal/privilege"
 )
 
 // Kernel shares one kernel hook among the trackers of all devices. The hook is
@@ -54,7 +55,11 @@ func (k *Kernel) follow(d bpf.Device, peers int, s *subscriber) error {
 		return errKernelClosed
 	}
 	if k.hook == nil {
-		hook, err := bpf.Attach(peers)
+		var hook *bpf.Hook
+		err := privilege.With(func() (err error) {
+			hook, err = bpf.Attach(peers)
+			return err
+		})
 		if err != nil {
 			return err
 		}

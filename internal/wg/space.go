@@ -15,7 +15,7 @@ import (
 	"github.com/wgroam/wgroam/internal/privilege"
 )
 
-// ErrNoSpace: there is no such network namespace, now.
+// ErrNoSpace says that there is no such network namespace, now.
 var ErrNoSpace = errors.New("no such network namespace")
 
 // namedSpaces is where ip netns keeps the namespaces that have a name.
@@ -127,9 +127,11 @@ func (s *Space) Do(f func() error) error {
 	done := make(chan struct{})
 	goThread(func() {
 		defer close(done)
-		if err = s.enter(); err == nil {
-			err = f()
+		if e := s.enter(); e != nil {
+			err = e
+			return
 		}
+		err = f()
 	})
 	<-done
 	return err
