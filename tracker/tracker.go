@@ -153,6 +153,14 @@ func (t *Tracker) Start() error {
 	if err != nil {
 		return err
 	}
+	// What the hook remembers of the device from before is for the dump to say.
+	boot, err := bootTime()
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.dumped = boot
+	t.mu.Unlock()
 	rung, reason := RungFentry, ""
 	if !d.Kernel {
 		rung, reason = RungPolling, "the device is a user space implementation, which the kernel hook cannot see"

@@ -29,9 +29,11 @@ type closing struct{ m *testing.M }
 
 func (c closing) Run() int {
 	status := c.m.Run()
-	if err := shared.Close(); err != nil {
-		fmt.Fprintln(os.Stderr, "close the hook:", err)
-		status = 1
+	for _, kernel := range shared {
+		if err := kernel.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "close the hook:", err)
+			status = 1
+		}
 	}
 	return status
 }
