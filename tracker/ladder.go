@@ -14,9 +14,10 @@ import (
 // Rung is a source of observations.
 type Rung string
 
-// The rungs, best first. kprobe has its place between the first two.
+// The rungs, best first.
 const (
 	RungFentry  Rung = "fentry"
+	RungKprobe  Rung = "kprobe"
 	RungPort    Rung = "port"
 	RungPolling Rung = "polling"
 	RungNone    Rung = "none"
@@ -51,26 +52,49 @@ func (l *ladder) saw(d wg.Device) {
 	l.port, l.kernel, l.peerCount = uint16(d.Port), d.Kernel, len(d.Peers)
 }
 
+// hooked reports whether a rung is one of the kernel hook.
+func hooked(r Rung) bool { return r == RungFentry || r == RungKprobe }
+
 // climb takes the best rung that works. It reports whether that is another one
 // than before: what fell between has to be read from the device then.
 func (t *Tracker) climb() (other bool) {
-	if t.Status().Rung == RungFentry {
+	if hooked(t.Status().Rung) {
 		return false
 	}
-	if err := t.climbHook(); err == nil {
+	if rung, err := t.climbHook(); err == nil {
 		t.stepOff()
-		t.choose(RungFentry)
+		t.choose(rung)
 		return true
 	}
 	return t.climbPort()
 }
 
-func (t *Tracker) climbHook() error {
+func (t *Tracker) climbHook() (Rung, error) {
 	t.ladder.hookErr = errUserspace
-	if t.ladder.kernel {
-		t.ladder.hookErr = t.cfg.Kernel.follow(t.id(), t.ladder.peerCount, &subscriber{t.event, t.lost, t.breaks})
+	if !t.ladder.kernel {
+		return RungNone, errUserspace
 	}
-	return t.ladder.hookErr
+	// What the hook remembers of the device from before is for the dump to say.
+	boot, err := bootTime()
+	if err != nil {
+		return RungNone, err
+	}
+	t.mu.Lock()
+	t.dumped = max(t.dumped, boot)
+	t.mu.Unlock()
+	fallback, err := t.cfg.Kernel.follow(t.id(), t.ladder.peerCount, &subscriber{
+		event: t.event, settled: t.settled, lost: t.lost, missed: t.wantDump, broken: t.breaks,
+	})
+	switch {
+	case err != nil:
+		t.ladder.hookErr = err
+		return RungNone, err
+	case fallback != nil:
+		t.ladder.hookErr = fallback
+		return RungKprobe, nil
+	}
+	t.ladder.hookErr = nil
+	return RungFentry, nil
 }
 
 // climbPort takes the rung port, or else polling.
@@ -148,7 +172,7 @@ func (t *Tracker) look(ctx context.Context) error {
 // choose notes the rung.
 func (t *Tracker) choose(rung Rung) {
 	var why []error
-	if t.ladder.hookErr != nil && rung != RungFentry {
+	if t.ladder.hookErr != nil {
 		why = append(why, fmt.Errorf("fentry: %w", t.ladder.hookErr))
 	}
 	if t.ladder.portErr != nil && rung == RungPolling {

@@ -477,9 +477,7 @@ func TestPortOldSession(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	gw, c := l.Gateways[0], l.Clients[0]
 	reach(t, c)
-	from := ported(t)
-	from.young = true
-	v := start(t, gw, from)
+	v := startAt(t, gw, ported(t), time.Hour, true)
 	ep, err := c.RoamPort()
 	if err == nil {
 		err = c.Send(1)
@@ -494,13 +492,13 @@ func TestPortOldSession(t *testing.T) {
 func TestPortMoves(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	gw, c := l.Gateways[0], l.Clients[0]
-	from := ported(t)
-	v := start(t, gw, from)
+	kernel := ported(t)
+	v := start(t, gw, kernel)
 	reach(t, c)
 	v.provenAt(c, c.Endpoint())
 	const port = lab.ListenPort + 1
 	run(t, gw.Do, "wg", "set", gw.Device(), "listen-port", strconv.Itoa(port))
-	await(t, "the new port is followed", func() bool { return from.follows(port) && !from.follows(lab.ListenPort) })
+	await(t, "the new port is followed", func() bool { return follows(kernel, port) && !follows(kernel, lab.ListenPort) })
 	tell(t, gw, c) // so that the client knows
 	await(t, "the client knows", func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -523,16 +521,17 @@ func TestPortMoves(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, "the port again", func() bool { return v.Status().Rung == RungPort })
-	if !from.follows(port) {
+	if !follows(kernel, port) {
 		t.Error("the port is not followed")
 	}
 }
 
 // follows reports whether a port is followed in any namespace.
-func (s sources) follows(port uint16) bool {
-	s.port.mu.Lock()
-	defer s.port.mu.Unlock()
-	for _, space := range s.port.spaces {
+func follows(kernel *Kernel, port uint16) bool {
+	p := ports[kernel]
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, space := range p.spaces {
 		space.mu.Lock()
 		sub := space.subs[port]
 		space.mu.Unlock()

@@ -114,9 +114,13 @@ type peer struct {
 	endpoint netip.AddrPort
 	boot     time.Duration // of the newest event
 	// pending is the newest observation while it is not proven; nil if it is.
-	pending  *wgroam.Observation
-	received int64 // bytes, in the newest dump
-	missing  bool  // in the newest dump
+	pending *wgroam.Observation
+	// confirmed is the newest end of a handshake, and where the peer was then. The
+	// event of its beginning can come later, when it was held back.
+	confirmed   time.Duration
+	confirmedAt netip.AddrPort
+	received    int64 // bytes, in the newest dump
+	missing     bool  // in the newest dump
 	// With polling: an endpoint that the newest dump showed for the first time,
 	// without a byte received that could have brought it.
 	unexplained netip.AddrPort
@@ -226,8 +230,12 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 	}
 }
 
-// event takes an event of the kernel hook.
-func (t *Tracker) event(e bpf.Event) {
+// event takes an event of the kernel hook, and reports whether it was the newest
+// of its peer. Events may be missing before it, which were held back, and two
+// packets of a peer on two CPUs can be told in the wrong order, or one of them not
+// at all: the program runs before the kernel takes the peer's lock. So it is
+// believed for now, and settled tells where the kernel went.
+func (t *Tracker) event(e bpf.Event) (news bool) {
 	now := time.Now()
 	boot, err := bootTime()
 	if err != nil {
@@ -238,42 +246,38 @@ func (t *Tracker) event(e bpf.Event) {
 	if e.Boot < t.dumped-settle {
 		// Out of the map, where those that are gone are never deleted, or so late
 		// that a dump has overtaken it.
-		return
+		return false
 	}
 	p := t.peers[e.Peer]
 	if e.Confirmed {
-		if p != nil && p.pending != nil && p.pending.New == e.New {
+		switch {
+		case p == nil:
+			// Added, and held back all the time since.
+			t.wantDump()
+		case p.pending != nil && p.pending.New == e.New:
 			t.prove(p)
+		default:
+			p.confirmed, p.confirmedAt = e.Boot, e.New
 		}
-		return
+		return false
 	}
 	if p == nil {
 		p = &peer{endpoint: e.Old}
 		t.peers[e.Peer] = p
 	}
-	if e.Boot == p.boot && e.New == p.endpoint {
-		return // the same event, out of the map
-	}
 	if e.Boot <= p.boot {
-		// Recovered from the map already, or two CPUs put theirs into the ring
-		// in the other order. Which one the kernel kept, only the kernel knows.
-		t.wantDump()
-		return
+		// Known from the map already, or two CPUs put theirs into the ring in the
+		// other order.
+		return false
 	}
 	p.boot = e.Boot
-	if e.Old != p.endpoint {
-		// Two packets raced through the hook on two CPUs, or an event was
-		// missed: the program runs before the kernel takes the peer's lock, and
-		// is skipped while it is running on the same CPU.
-		t.wantDump()
-	}
 	if e.New == p.endpoint {
 		// The other one of two packets that brought the same news. It proves
 		// them if it cannot be a replay.
 		if p.pending != nil && e.Cause.Observed() && e.Cause != wgroam.CauseInitiation {
 			t.prove(p)
 		}
-		return
+		return true
 	}
 	old := p.endpoint
 	p.endpoint = e.New
@@ -282,6 +286,20 @@ func (t *Tracker) event(e bpf.Event) {
 		Peer: e.Peer, Old: old, New: e.New, Cause: e.Cause,
 		At: now.Add(e.Boot - boot),
 	})
+	if p.pending != nil && p.confirmedAt == e.New && p.confirmed > e.Boot {
+		t.prove(p)
+	}
+	return true
+}
+
+// settled notes where the device has a peer that has stood still for a while
+// since its last event.
+func (t *Tracker) settled(last bpf.Event, at netip.AddrPort, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.peers[last.Peer]; !ok || p == nil || p.endpoint != at {
+		t.wantDump()
+	}
 }
 
 // lost notes that events are missing, for the first time since the newest of

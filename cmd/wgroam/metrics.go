@@ -45,6 +45,7 @@ type collector struct{ d *daemon }
 var metrics = []metric{
 	counter("events_total", "Endpoint changes that the detector reported.", func(d control.DeviceStatus) float64 { return float64(d.Events) }),
 	counter("events_lost_total", "Events that found the ring buffer full.", func(d control.DeviceStatus) float64 { return float64(d.Lost) }),
+	counter("events_limited_total", "Events that were held back because a peer, or all together, changed too often.", func(d control.DeviceStatus) float64 { return float64(d.Limited) }),
 	counter("resyncs_total", "Dumps of the device because events were missing.", func(d control.DeviceStatus) float64 { return float64(d.Resyncs) }),
 	counter("sweep_repairs_total", "Changes that only the slow sweep found.", func(d control.DeviceStatus) float64 { return float64(d.SweepRepairs) }),
 	counter("applied_total", "Endpoints written to the device.", func(d control.DeviceStatus) float64 { return float64(d.Applied) }),

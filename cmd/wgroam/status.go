@@ -72,7 +72,7 @@ func (d *device) status() control.DeviceStatus {
 	t := s.tracker.Status()
 	out.Detector = control.Detector{Rung: string(t.Rung), Reason: t.Reason}
 	out.Events, out.Resyncs, out.SweepRepairs = t.Events, t.Resyncs, t.SweepRepairs
-	out.Lost = d.d.kernel.Lost() + d.d.port.Lost()
+	out.Lost, out.Limited = d.d.kernel.Lost()+d.d.port.Lost(), d.d.kernel.Limited()
 	out.Peers, out.Records = s.view.Len(), s.table.Len()
 	for _, r := range s.table.Records() {
 		if _, ok := s.view.Get(r.Peer); !ok {
@@ -188,7 +188,7 @@ func unhealthy(s control.Status) error {
 func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 	fmt.Fprintf(w, "\ndevice\t%s: %s, role %s, group %s\n", where(d.Name, d.Netns), d.State, d.Role, d.Group)
 	fmt.Fprintf(w, "detector\t%s\n", withReason(d.Detector.Rung, d.Detector.Reason))
-	fmt.Fprintf(w, "changes\t%d seen, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Lost, d.Resyncs, d.SweepRepairs)
+	fmt.Fprintf(w, "changes\t%d seen, %d held back, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Limited, d.Lost, d.Resyncs, d.SweepRepairs)
 	fmt.Fprintf(w, "peers\t%d in the device, %d records, %d of them waiting for their peer\n", d.Peers, d.Records, d.Waiting)
 	fmt.Fprintf(w, "applied\t%d endpoints, %d errors\n", d.Applied, d.ApplyErrors)
 	if d.LastError != "" {

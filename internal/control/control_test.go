@@ -49,7 +49,7 @@ func testStatus() Status {
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",
 				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"},
-				Events:   1, Lost: 2, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9,
+				Events:   1, Lost: 2, Limited: 10, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9,
 				LastError: "none & nothing",
 				Feed: FeedStatus{
 					Mode: FeedEmbedded, Listen: "10.0.0.11:4950",

@@ -51,6 +51,7 @@ type DeviceStatus struct {
 
 	Events       uint64 `json:"events"`        // endpoint changes reported by the detector
 	Lost         uint64 `json:"lost"`          // changes that the detector had no room for, on all devices
+	Limited      uint64 `json:"limited"`       // changes held back until the peer had calmed down, on all devices
 	Resyncs      uint64 `json:"resyncs"`       // full reads after a loss
 	SweepRepairs uint64 `json:"sweep_repairs"` // changes that only the slow sweep found; 0 in health
 
