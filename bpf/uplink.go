@@ -503,7 +503,8 @@ func (a *uplinkUplinkAddress) addrPort() netip.AddrPort {
 
 // explainUplink finds the reason behind an error of loading or attaching.
 func explainUplink(err error) error {
-	if missing := missingCaps(unix.CAP_BPF, unix.CAP_NET_ADMIN); missing != "" {
+	// The verifier lets nobody without CAP_PERFMON compute where in a packet to read.
+	if missing := missingCaps(unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_NET_ADMIN); missing != "" {
 		return &attachError{ErrPrivilege, "the UDP-port program needs " + missing + ": run as root or grant it", err}
 	}
 	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, errNoTC) {

@@ -85,6 +85,15 @@ func (f frame) bytes() []byte {
 		for range f.options {
 			b = append(b, 1) // no operation
 		}
+		header := b[len(b)-20-f.options:]
+		var sum uint32
+		for i := 0; i < len(header); i += 2 {
+			sum += uint32(binary.BigEndian.Uint16(header[i:]))
+		}
+		for sum > 0xffff {
+			sum = sum>>16 + sum&0xffff
+		}
+		binary.BigEndian.PutUint16(header[10:], ^uint16(sum))
 		return append(b, udp...)
 	}
 	var ext []byte
