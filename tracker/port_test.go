@@ -24,6 +24,7 @@ import (
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/lab"
+	"github.com/wgroam/wgroam/internal/wg"
 )
 
 // eachDevice runs a test at the UDP port with several implementations: the
@@ -540,4 +541,71 @@ func follows(kernel *Kernel, port uint16) bool {
 		}
 	}
 	return false
+}
+
+// TestPortElsewhere: the socket is in another namespace than the link, as when that
+// has been moved: in one that has a name.
+func TestPortElsewhere(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	gw := l.Gateways[0]
+	here := func(f func() error) error { return f() }
+	name, target := "wgroam-socket", "wgroam-link"
+	run(t, here, "ip", "netns", "add", target)
+	t.Cleanup(func() { run(t, here, "ip", "netns", "del", target) })
+	run(t, here, "touch", "/run/netns/"+name)
+	run(t, here, "mount", "--bind", gw.NetNS(), "/run/netns/"+name)
+	t.Cleanup(func() {
+		run(t, here, "umount", "/run/netns/"+name)
+		run(t, here, "rm", "/run/netns/"+name)
+	})
+	space, err := wg.OpenSpace(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer space.Close()
+	found, err := locate(space, lab.ListenPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer found.Close()
+	var want uint32
+	if err := gw.Do(func() (err error) { want, err = wg.Netns(); return err }); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := found.Inode(); got != want || err != nil {
+		t.Errorf("found the socket in %d (%v), want %d", got, err, want)
+	}
+	if _, err := locate(space, 1); !errors.Is(err, errNoSocket) {
+		t.Errorf("a port that nobody has: %v", err)
+	}
+}
+
+// TestPortLinks: a link that comes later is watched, and forgotten when it goes.
+func TestPortLinks(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	gw := l.Gateways[0]
+	kernel := ported(t)
+	start(t, gw, kernel)
+	watched := func(index int) bool {
+		p := ports[kernel]
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, s := range p.spaces {
+			s.mu.Lock()
+			err, ok := s.links[index]
+			s.mu.Unlock()
+			if ok && err == nil {
+				return true
+			}
+		}
+		return false
+	}
+	run(t, gw.Do, "ip", "link", "add", "later", "type", "veth", "peer", "name", "later2")
+	var later wg.Link
+	if err := gw.Do(func() (err error) { later, err = wg.LinkByName("later"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the new link is watched", func() bool { return watched(later.Ifindex) })
+	run(t, gw.Do, "ip", "link", "del", "later")
+	await(t, "the link is forgotten", func() bool { return !watched(later.Ifindex) })
 }

@@ -78,7 +78,7 @@ type Status struct {
 	Reason string
 	// Events counts changes of endpoints.
 	Events uint64
-	// Resyncs counts dumps taken because events were lost or out of order, or
+	// Resyncs counts dumps that were asked for: at the UDP port mostly by hints, else because events were lost or out of order, or
 	// peers were missing in the one before.
 	Resyncs uint64
 	// SweepRepairs counts peers whose endpoint only the sweep got right. It
