@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -43,7 +44,14 @@ var (
 	ErrClosed = ringbuf.ErrClosed
 	// ErrFlushed: all events from before the call of Flush have been read.
 	ErrFlushed = ringbuf.ErrFlushed
+	// ErrDeadline: no event came before the deadline.
+	ErrDeadline = os.ErrDeadlineExceeded
 )
+
+// Window is the time in which the kernel reports only a few changes of a peer,
+// and so many of all peers. That of an event ends no later than Window after it;
+// then Newest has what the event was followed by.
+const Window = 100 * time.Millisecond // LIMIT_WINDOW_NS in peer.h
 
 // Device names a WireGuard device on this host: the index of its link and the
 // inode number of its network namespace (as in /proc/self/ns/net).
@@ -71,40 +79,75 @@ type Event struct {
 // causeConfirmed is CAUSE_CONFIRMED in peer.h.
 const causeConfirmed = 0x80
 
-// Hook is the attached kernel hook: an fentry program on
-// wg_socket_set_peer_endpoint. While it lives it pins the wireguard module.
+// Hook is the attached kernel hook: a program on wg_socket_set_peer_endpoint,
+// and its helpers. With fentry it pins the wireguard module while it lives; with
+// kprobes it dies silently when the module is unloaded: see Stale.
 //
-// One goroutine may Read; all other methods are safe for concurrent use.
+// One goroutine may Read and SetDeadline; all other methods are safe for
+// concurrent use.
 type Hook struct {
-	objs   peerObjects
+	// Fallback is why the programs are attached by kprobes; nil if they are by
+	// fentry, which costs less and misses less.
+	Fallback error
+
+	objs   peerObjects // also of the kprobe object, which has the same source
 	links  []link.Link
 	reader *ringbuf.Reader
 	record ringbuf.Record
+	module uint64 // see loadedModule
+
+	looking sync.Mutex
 }
 
-// Attach loads the program and attaches it. It reports events only of devices
-// that are named to Follow. peers is the number of peers expected on all of
-// them; it sizes the map that keeps the newest event of each.
+// Attach loads the programs and attaches them: by fentry, or where the kernel
+// cannot do that by kprobes. It reports events only of devices that are named to
+// Follow. peers is the number of peers expected on all of them; it sizes the map
+// that keeps the newest event of each.
 //
 // The error wraps ErrPrivilege, ErrNoModule or ErrUnsupported where the reason
 // is one of these.
 func Attach(peers int) (*Hook, error) {
-	spec, err := loadPeer()
+	h, err := attach(peers, loadPeer, (*Hook).attachFentry,
+		"fentry on a function of WireGuard needs BTF of modules (Linux 5.12) and, on arm64, Linux 6.4")
+	if err == nil || errors.Is(err, ErrPrivilege) || errors.Is(err, ErrNoModule) {
+		return h, err
+	}
+	h, second := AttachKprobe(peers)
+	if second != nil {
+		return nil, fmt.Errorf("%w; %w", err, second)
+	}
+	h.Fallback = err
+	return h, nil
+}
+
+// AttachKprobe is Attach without fentry.
+func AttachKprobe(peers int) (*Hook, error) {
+	h, err := attach(peers, loadKprobe, (*Hook).attachKprobes,
+		"a kprobe on a function of WireGuard needs CONFIG_KPROBE_EVENTS, and BTF of modules (Linux 5.12)")
+	if err != nil {
+		return nil, err
+	}
+	h.Fallback = errors.New("fentry was not tried")
+	return h, nil
+}
+
+func attach(peers int, read func() (*ebpf.CollectionSpec, error), links func(*Hook) error, needs string) (*Hook, error) {
+	spec, err := read()
 	if err != nil {
 		return nil, fmt.Errorf("read embedded BPF object: %w", err)
 	}
 	// Twice the peers, because LRU maps begin to evict before they are full.
 	spec.Maps[peerMapLatest].MaxEntries = uint32(min(max(2*peers, 4096), 1<<21))
 
-	h := &Hook{}
-	if err := h.load(spec); err != nil {
+	h := &Hook{module: loadedModule()}
+	if err := h.load(spec, links); err != nil {
 		_ = h.Close() // the reason for failing is the one to report
-		return nil, explain(err)
+		return nil, explain(err, needs)
 	}
 	return h, nil
 }
 
-func (h *Hook) load(spec *ebpf.CollectionSpec) error {
+func (h *Hook) load(spec *ebpf.CollectionSpec, links func(*Hook) error) error {
 	if err := spec.LoadAndAssign(&h.objs, nil); err != nil {
 		return fmt.Errorf("load: %w", err)
 	}
@@ -112,7 +155,16 @@ func (h *Hook) load(spec *ebpf.CollectionSpec) error {
 	if h.reader, err = ringbuf.NewReader(h.objs.Events); err != nil {
 		return fmt.Errorf("open ring buffer: %w", err)
 	}
-	// The helpers of the handshake first, so that no cause is missed.
+	if err := links(h); err != nil {
+		return err
+	}
+	_, _, err = h.Look(0) // of no peer: if it works, it always does
+	return err
+}
+
+// The helpers of the handshake are attached first, so that no cause is missed.
+
+func (h *Hook) attachFentry() error {
 	for _, prog := range []*ebpf.Program{
 		h.objs.HandshakeEnter, h.objs.HandshakeExit, h.objs.HandshakeComplete, h.objs.SetPeerEndpoint,
 	} {
@@ -124,6 +176,41 @@ func (h *Hook) load(spec *ebpf.CollectionSpec) error {
 	}
 	return nil
 }
+
+func (h *Hook) attachKprobes() error {
+	for _, probe := range []struct {
+		attach func(string, *ebpf.Program, *link.KprobeOptions) (link.Link, error)
+		symbol string
+		prog   *ebpf.Program
+	}{
+		{link.Kprobe, "wg_socket_set_peer_endpoint_from_skb", h.objs.HandshakeEnter},
+		{link.Kretprobe, "wg_socket_set_peer_endpoint_from_skb", h.objs.HandshakeExit},
+		{link.Kprobe, "wg_timers_handshake_complete", h.objs.HandshakeComplete},
+		{link.Kprobe, "wg_socket_set_peer_endpoint", h.objs.SetPeerEndpoint},
+	} {
+		l, err := probe.attach(probe.symbol, probe.prog, nil)
+		if err != nil {
+			return fmt.Errorf("attach %v: %w", probe.prog, err)
+		}
+		h.links = append(h.links, l)
+	}
+	return nil
+}
+
+// loadedModule is a number of the wireguard module that is another one when it
+// has been loaded again; 0 without one. It is the inode of its directory, which
+// sysfs numbers one after the other (fs/kernfs/dir.c, __kernfs_new_node).
+func loadedModule() uint64 {
+	var st unix.Stat_t
+	if unix.Stat("/sys/module/wireguard", &st) != nil {
+		return 0
+	}
+	return st.Ino
+}
+
+// Stale reports whether the module that the programs are attached to has been
+// unloaded: they report nothing of the one that is loaded now, if any.
+func (h *Hook) Stale() bool { return h.module != loadedModule() }
 
 // Close detaches the programs. A blocked Read returns ErrClosed.
 func (h *Hook) Close() error {
@@ -158,7 +245,8 @@ func (h *Hook) Unfollow(d Device) error {
 
 // Read returns the next event, waiting for one if need be. drained reports that
 // no more were waiting behind it: the time to look at Lost. After Close the
-// error is ErrClosed.
+// error is ErrClosed; after the deadline, when no events are waiting, it is
+// ErrDeadline.
 func (h *Hook) Read() (e Event, drained bool, err error) {
 	if err := h.reader.ReadInto(&h.record); err != nil {
 		return Event{}, false, err
@@ -179,6 +267,9 @@ func (h *Hook) Flush() error {
 	return nil
 }
 
+// SetDeadline sets when Read gives up waiting. It does not end one that waits.
+func (h *Hook) SetDeadline(t time.Time) { h.reader.SetDeadline(t) }
+
 // Lost returns how many events found the ring buffer full since Attach.
 func (h *Hook) Lost() (uint64, error) {
 	var n uint64
@@ -188,25 +279,91 @@ func (h *Hook) Lost() (uint64, error) {
 	return n, nil
 }
 
+// Limited counts changes that were not reported because there were too many in
+// their Window: of their peer, or of all peers.
+type Limited struct{ Peer, All uint64 }
+
+// Limited returns how many changes were held back since Attach.
+func (h *Hook) Limited() (l Limited, err error) {
+	if err := errors.Join(h.objs.EventsLimited.Get(&l.Peer), h.objs.EventsLimitedAll.Get(&l.All)); err != nil {
+		return Limited{}, fmt.Errorf("read limited counters: %w", err)
+	}
+	return l, nil
+}
+
+// Missed returns how often one of the programs was not run, because it, or with
+// kprobes any other kprobe program, was running on the same CPU. With kprobes the
+// kernel counts it since Linux 6.7.
+func (h *Hook) Missed() (uint64, error) {
+	var n uint64
+	for _, prog := range []*ebpf.Program{
+		h.objs.HandshakeEnter, h.objs.HandshakeExit, h.objs.HandshakeComplete, h.objs.SetPeerEndpoint,
+	} {
+		stats, err := prog.Stats()
+		if err != nil {
+			return 0, fmt.Errorf("read missed counter: %w", err)
+		}
+		n += stats.RecursionMisses
+	}
+	return n, nil
+}
+
+// Newest returns the newest event of a peer, reported or not. ok is false if it
+// has not changed since Attach, or so many others have since that it was
+// forgotten.
+func (h *Hook) Newest(internalID uint64) (e Event, ok bool, err error) {
+	var state peerPeerState
+	err = h.objs.Latest.Lookup(internalID, &state)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return Event{}, false, nil
+	}
+	if err != nil {
+		return Event{}, false, fmt.Errorf("read newest event: %w", err)
+	}
+	return state.Event.event(), true, nil
+}
+
 // Latest returns the newest event of every peer that changed since Attach, in
 // no particular order, but for the least recently changed beyond the map's
 // size.
 func (h *Hook) Latest() ([]Event, error) {
+	const batch = 1024 // holds any bucket of the map
 	var (
-		id  uint64
-		raw peerPeerEvent
-		out []Event
+		out    []Event
+		cursor ebpf.MapBatchCursor
+		ids    = make([]uint64, batch)
+		states = make([]peerPeerState, batch)
 	)
-	it := h.objs.Latest.Iterate()
-	for it.Next(&id, &raw) {
-		out = append(out, raw.event())
+	// Bucket by bucket, each under its lock: a change that moves an entry to the
+	// front of its bucket cannot hide another, as from an iterator.
+	for {
+		n, err := h.objs.Latest.BatchLookup(&cursor, ids, states, nil)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, fmt.Errorf("read latest events: %w", err)
+		}
+		for i := range states[:n] {
+			out = append(out, states[i].Event.event())
+		}
+		if err != nil {
+			return out, nil // that was all
+		}
 	}
-	// A storm may keep moving entries under the iterator. What it skips is in
-	// the ring buffer again.
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return nil, fmt.Errorf("read latest events: %w", err)
+}
+
+// Look returns where the device has a peer at this moment. ok is false if the
+// peer is gone, or Newest has nothing of it.
+func (h *Hook) Look(internalID uint64) (ep netip.AddrPort, ok bool, err error) {
+	h.looking.Lock()
+	defer h.looking.Unlock()
+	found, err := h.objs.Look.Run(&ebpf.RunOptions{Context: internalID})
+	if err != nil {
+		return netip.AddrPort{}, false, fmt.Errorf("look at a peer: %w", err)
 	}
-	return out, nil
+	var raw peerPeerEndpoint
+	if err := h.objs.Looked.Get(&raw); err != nil {
+		return netip.AddrPort{}, false, fmt.Errorf("look at a peer: %w", err)
+	}
+	return raw.addrPort(), found == 1, nil
 }
 
 // decode checks the size; the kernel is the only writer.
@@ -254,14 +411,18 @@ func (e *peerPeerEndpoint) addrPort() netip.AddrPort {
 // ObjectHashes returns the hexadecimal SHA-256 of every embedded BPF object, by
 // name.
 func ObjectHashes() map[string]string {
-	sum := sha256.Sum256(_PeerBytes)
-	return map[string]string{"peer": hex.EncodeToString(sum[:])}
+	out := make(map[string]string)
+	for name, object := range map[string][]byte{"peer": _PeerBytes, "kprobe": _KprobeBytes, "uplink": _UplinkBytes} {
+		sum := sha256.Sum256(object)
+		out[name] = hex.EncodeToString(sum[:])
+	}
+	return out
 }
 
 // explain finds the reason behind an error of loading or attaching. The kernel
 // and the library report several different ones as "not found" or "not
-// supported".
-func explain(err error) error {
+// supported". needs is what else the kernel must have.
+func explain(err error, needs string) error {
 	// The ids of BTF objects can be listed with CAP_SYS_ADMIN only, and without
 	// them a function of a module is "not found" (cilium/ebpf prog.go).
 	if missing := missingCaps(unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYS_ADMIN); missing != "" {
@@ -276,7 +437,7 @@ func explain(err error) error {
 		return &attachError{ErrNoModule, "load it (modprobe wireguard) if this host uses kernel WireGuard", err}
 	}
 	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, errNotSupp) {
-		return &attachError{ErrUnsupported, "fentry on a function of WireGuard needs BTF of modules (Linux 5.11) and, on arm64, Linux 6.4", err}
+		return &attachError{ErrUnsupported, needs, err}
 	}
 	return err
 }
@@ -303,6 +464,7 @@ func exists(path string) bool {
 
 var capNames = map[int]string{
 	unix.CAP_BPF:       "CAP_BPF",
+	unix.CAP_NET_ADMIN: "CAP_NET_ADMIN",
 	unix.CAP_PERFMON:   "CAP_PERFMON",
 	unix.CAP_SYS_ADMIN: "CAP_SYS_ADMIN",
 }
@@ -315,9 +477,13 @@ func missingCaps(want ...int) string {
 	if err := unix.Capget(&hdr, &data[0]); err != nil {
 		return ""
 	}
+	have := func(c int) bool { return data[c/32].Effective&(1<<(c%32)) != 0 }
 	var missing []string
 	for _, c := range want {
-		if data[c/32].Effective&(1<<(c%32)) == 0 {
+		// The kernel takes CAP_SYS_ADMIN for these two (linux/capability.h,
+		// bpf_capable and perfmon_capable).
+		implied := (c == unix.CAP_BPF || c == unix.CAP_PERFMON) && have(unix.CAP_SYS_ADMIN)
+		if !have(c) && !implied {
 			missing = append(missing, capNames[c])
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -35,35 +36,60 @@ import (
 
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(status int) {
-		if err := shared.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, "close the hook:", err)
-			status = 1
+		for _, hook := range shared {
+			if err := hook.Close(); err != nil {
+				fmt.Fprintln(os.Stderr, "close the hook:", err)
+				status = 1
+			}
 		}
 		os.Exit(status)
 	}))
 }
 
-// shared is the hook of most tests: to attach one takes seconds in an emulated
-// machine. Its zero value is none.
-var shared = &Hook{}
+// rungs are the ways to attach the hook.
+var rungs = map[string]func(int) (*Hook, error){"fentry": Attach, "kprobe": AttachKprobe}
+
+// rung is the way of the running test.
+var rung = "fentry"
+
+// eachRung runs a test of what the hook does, however it is attached.
+func eachRung(t *testing.T, test func(*testing.T)) {
+	for _, name := range slices.Sorted(maps.Keys(rungs)) {
+		t.Run(name, func(t *testing.T) {
+			rung = name
+			t.Cleanup(func() { rung = "fentry" })
+			test(t)
+		})
+	}
+}
+
+// shared are the hooks of most tests, by rung: to attach one takes seconds in an
+// emulated machine.
+var shared = make(map[string]*Hook)
 
 func sharedHook(t testing.TB) *Hook {
 	t.Helper()
-	if shared.reader == nil {
-		hook, err := Attach(1)
+	if shared[rung] == nil {
+		hook, err := rungs[rung](1)
 		if err != nil {
 			t.Fatal(err)
 		}
-		shared = hook
+		if (hook.Fallback == nil) != (rung == "fentry") {
+			t.Errorf("%s: fallback %v", rung, hook.Fallback)
+		}
+		shared[rung] = hook
 	}
-	return shared
+	return shared[rung]
 }
 
-// detach closes the shared hook.
-func detach(t testing.TB) {
+// detach closes the shared hook of a rung.
+func detach(t testing.TB, rung string) {
 	t.Helper()
-	hook := shared
-	shared = &Hook{}
+	hook := shared[rung]
+	if hook == nil {
+		return
+	}
+	delete(shared, rung)
 	if err := hook.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +181,7 @@ func (s *site) follow(d Device) {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() {
-		if hook != shared {
+		if hook != shared[rung] {
 			return // closed
 		}
 		if err := hook.Unfollow(d); err != nil {
@@ -337,7 +363,9 @@ func bootTime(t testing.TB) time.Duration {
 }
 
 // TestHookRoams: every change, once, with what was before.
-func TestHookRoams(t *testing.T) {
+func TestHookRoams(t *testing.T) { eachRung(t, hookRoams) }
+
+func hookRoams(t *testing.T) {
 	s := newSite(t)
 	s.reach()
 	last := s.c.Endpoint()
@@ -369,7 +397,9 @@ func TestHookRoams(t *testing.T) {
 
 // TestHookUnchanged: traffic of a peer that stays where it is makes no event,
 // nor does a change of our own side.
-func TestHookUnchanged(t *testing.T) {
+func TestHookUnchanged(t *testing.T) { eachRung(t, hookUnchanged) }
+
+func hookUnchanged(t *testing.T) {
 	s := newSite(t)
 	s.reach()
 	s.want(Event{New: s.c.Endpoint(), Cause: wgroam.CauseInitiation})
@@ -416,7 +446,9 @@ func TestHookUnchanged(t *testing.T) {
 
 // TestHookConfig: an endpoint that differs in anything at all is a change, and a
 // write through netlink is never taken for more.
-func TestHookConfig(t *testing.T) {
+func TestHookConfig(t *testing.T) { eachRung(t, hookConfig) }
+
+func hookConfig(t *testing.T) {
 	s := newSite(t)
 	var want []Event
 	var last netip.AddrPort
@@ -525,7 +557,9 @@ func (s *site) call() {
 }
 
 // TestHookCauses: each way by which a peer can move.
-func TestHookCauses(t *testing.T) {
+func TestHookCauses(t *testing.T) { eachRung(t, hookCauses) }
+
+func hookCauses(t *testing.T) {
 	s := newSite(t)
 	s.reach()
 	first := s.c.Endpoint()
@@ -558,7 +592,9 @@ func TestHookCauses(t *testing.T) {
 
 // TestHookConfirmed: the end of a handshake is reported, with where the peer is
 // by then, whoever began; the beginning alone is not.
-func TestHookConfirmed(t *testing.T) {
+func TestHookConfirmed(t *testing.T) { eachRung(t, hookConfirmed) }
+
+func hookConfirmed(t *testing.T) {
 	s := newSite(t)
 	check := func(want ...Event) {
 		t.Helper()
@@ -611,7 +647,9 @@ func TestHookConfirmed(t *testing.T) {
 
 // TestHookFilter: devices are told apart by index and namespace, and only those
 // followed are heard of.
-func TestHookFilter(t *testing.T) {
+func TestHookFilter(t *testing.T) { eachRung(t, hookFilter) }
+
+func hookFilter(t *testing.T) {
 	s := newSite(t)
 	h := s.lab.Gateways[1]
 	other := deviceOf(t, h, h.Device())
@@ -671,7 +709,9 @@ func TestHookFilter(t *testing.T) {
 }
 
 // TestHookMoved: a device that is moved to another namespace is another device.
-func TestHookMoved(t *testing.T) {
+func TestHookMoved(t *testing.T) { eachRung(t, hookMoved) }
+
+func hookMoved(t *testing.T) {
 	s := newSite(t)
 	h := s.lab.Gateways[1]
 	err := s.gw.Do(func() error {
@@ -791,41 +831,192 @@ func stormAt(k wgroam.Key, round int) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, k[0]}), uint16(round))
 }
 
-// TestHookLost: nobody reads while more changes than the ring buffer holds. What
-// does not fit is counted, and the newest of every peer is not forgotten.
-func TestHookLost(t *testing.T) {
+func (s *site) limited() Limited {
+	s.t.Helper()
+	n, err := s.hook.Limited()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return n
+}
+
+// checkLatest checks that nothing of what the peers have been through is newer
+// than what the map has, and that the device is there.
+func (s *site) checkLatest(keys []wgroam.Key, round int) {
+	s.t.Helper()
+	got := make(map[wgroam.Key]Event)
+	for _, e := range s.latest() {
+		got[e.Peer] = e
+	}
+	if len(got) != len(keys) {
+		s.t.Errorf("latest has events of %d peers, want %d", len(got), len(keys))
+	}
+	for _, k := range keys {
+		e := got[k]
+		want := Event{Device: s.dev, Peer: k, Old: stormAt(k, round-1), New: stormAt(k, round), Cause: wgroam.CauseConfig}
+		if diff := cmp.Diff(want, e, opts); diff != "" {
+			s.t.Fatalf("latest of %v (-want +got):\n%s", k, diff)
+		}
+		if newest, ok, err := s.hook.Newest(e.InternalID); newest != e || !ok || err != nil {
+			s.t.Fatalf("newest of %v: %+v, %v, %v; latest %+v", k, newest, ok, err, e)
+		}
+		if at, ok, err := s.hook.Look(e.InternalID); at != e.New || !ok || err != nil {
+			s.t.Fatalf("%v is at %v, %v, %v; want %v", k, at, ok, err, e.New)
+		}
+	}
+}
+
+// TestHookLimit: a peer that moves all the time makes a few events in each
+// window, and where it is at the end is known.
+func TestHookLimit(t *testing.T) { eachRung(t, hookLimit) }
+
+func hookLimit(t *testing.T) {
 	s := newSite(t)
-	const peers, rounds = 64, 160
-	keys := s.manyPeers(peers)
-	before := s.lost()
+	keys := s.manyPeers(1)
+	const rounds = 1000
+	before := s.limited()
 	if err := s.storm(keys, 0, rounds); err != nil {
 		t.Fatal(err)
 	}
-	lost := s.lost() - before
-	if lost == 0 {
-		t.Fatal("lost no events: the storm was too small")
+	limited := int(s.limited().Peer - before.Peer)
+	events := s.events()
+	if len(events)+limited != rounds || limited == 0 {
+		t.Errorf("%d events and %d held back, want %d together", len(events), limited, rounds)
 	}
-	latest := s.latest()
-	got := make(map[wgroam.Key]Event)
-	for _, e := range latest {
-		got[e.Peer] = e
+	windows := make(map[time.Duration]int)
+	for _, e := range events {
+		windows[e.Boot/Window]++
 	}
-	for _, k := range keys {
-		want := Event{Device: s.dev, Peer: k, Old: stormAt(k, rounds-1), New: stormAt(k, rounds), Cause: wgroam.CauseConfig}
-		if diff := cmp.Diff(want, got[k], opts); diff != "" {
-			t.Errorf("latest of %v (-want +got):\n%s", k, diff)
+	for w, n := range windows {
+		if n > 8 {
+			t.Errorf("window %d has %d events", w, n)
 		}
 	}
-	if len(latest) != peers {
-		t.Errorf("latest has %d events of %d peers", len(latest), peers)
+	s.checkLatest(keys, rounds)
+	if n := s.limited().All - before.All; n != 0 {
+		t.Errorf("the limit of all has held back %d events of one peer", n)
 	}
+	t.Logf("%d events in %d windows", len(events), len(windows))
+}
+
+// small gives a site a hook of its own, with a small ring buffer and a limit for
+// all peers that an emulated machine can reach.
+func (s *site) small(all, ring uint32) {
+	s.t.Helper()
+	for rung := range rungs {
+		detach(s.t, rung)
+	}
+	load, links := loadPeer, (*Hook).attachFentry
+	if rung == "kprobe" {
+		load, links = loadKprobe, (*Hook).attachKprobes
+	}
+	hook, err := attach(1, func() (*ebpf.CollectionSpec, error) {
+		spec, err := load()
+		if err == nil {
+			spec.Maps[peerMapEvents].MaxEntries = ring
+			err = spec.Variables[peerVarLimitAll].Set(all)
+		}
+		return spec, err
+	}, links, "")
+	if err == nil {
+		s.t.Cleanup(func() { hook.Close() })
+		s.hook, err = hook, hook.Follow(s.dev)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// TestHookLimitAll: many peers that move all the time make some events in each
+// window.
+func TestHookLimitAll(t *testing.T) { eachRung(t, hookLimitAll) }
+
+func hookLimitAll(t *testing.T) {
+	s := newSite(t)
+	const peers, rounds, all = 64, 40, 20
+	s.small(all, 1<<20)
+	keys := s.manyPeers(peers)
+	if err := s.storm(keys, 0, rounds); err != nil {
+		t.Fatal(err)
+	}
+	windows := make(map[time.Duration]int)
+	events := s.events()
+	for _, e := range events {
+		windows[e.Boot/Window]++
+	}
+	for w, n := range windows {
+		if n > all {
+			t.Errorf("window %d has %d events, want no more than %d", w, n, all)
+		}
+	}
+	limited := s.limited()
+	if n := len(events) + int(limited.Peer+limited.All); n != peers*rounds || limited.All == 0 {
+		t.Errorf("%d events and %+v held back, want %d together", len(events), limited, peers*rounds)
+	}
+	s.checkLatest(keys, rounds)
+	t.Logf("%d events in %d windows, %+v held back", len(events), len(windows), limited)
+}
+
+// TestHookLook: where the device has a peer, now.
+func TestHookLook(t *testing.T) { eachRung(t, hookLook) }
+
+func hookLook(t *testing.T) {
+	s := newSite(t)
+	keys := s.manyPeers(1)
+	var id uint64
+	for _, ep := range []string{"192.0.2.1:258", "[2001:db8:1:2:3:4:5:6]:1", "192.0.2.2:258"} {
+		ep := netip.MustParseAddrPort(ep)
+		s.configure(wg.Endpoint{Peer: keys[0], Endpoint: ep})
+		id = s.latest()[0].InternalID
+		if got, ok, err := s.hook.Look(id); got != ep || !ok || err != nil {
+			t.Errorf("the peer is at %v, %v, %v; want %v", got, ok, err, ep)
+		}
+	}
+	if got, ok, err := s.hook.Look(1 << 40); ok || err != nil {
+		t.Errorf("a peer that nobody has is at %v, %v", got, err)
+	}
+	run(t, s.gw, "wg", "set", s.gw.Device(), "peer", keys[0].String(), "remove")
+	await(t, "the kernel frees the peer", func() bool {
+		_, ok, err := s.hook.Look(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return !ok
+	})
+	// Another one in its place is not it.
+	run(t, s.gw, "wg", "set", s.gw.Device(), "peer", keys[0].String(), "endpoint", "192.0.2.3:9")
+	if got, ok, err := s.hook.Look(id); ok || err != nil {
+		t.Errorf("the peer that is gone is at %v, %v", got, err)
+	}
+}
+
+// TestHookLost: nobody reads while more changes than the ring buffer holds. What
+// does not fit is counted, as is what the limits hold back, and the newest of
+// every peer is not forgotten.
+func TestHookLost(t *testing.T) { eachRung(t, hookLost) }
+
+func hookLost(t *testing.T) {
+	s := newSite(t)
+	const peers = 64
+	s.small(200, 1<<14)
+	keys := s.manyPeers(peers)
+	rounds := 0
+	await(t, "the ring buffer is full, and something is held back", func() bool {
+		rounds++
+		if err := s.storm(keys, rounds-1, 1); err != nil {
+			t.Fatal(err)
+		}
+		return s.lost() > 100 && s.limited() != Limited{}
+	})
+	lost, limited := s.lost(), s.limited()
+	s.checkLatest(keys, rounds)
 
 	// What did fit is whole and in order; together they are all.
 	if err := s.hook.Flush(); err != nil {
 		t.Fatal(err)
 	}
 	read, sawDrained := 0, false
-	round := make(map[wgroam.Key]int)
+	last := make(map[wgroam.Key]uint16)
 	for {
 		e, drained, err := s.hook.Read()
 		if errors.Is(err, ErrFlushed) {
@@ -839,27 +1030,31 @@ func TestHookLost(t *testing.T) {
 		}
 		read++
 		sawDrained = drained
-		round[e.Peer]++
-		if n := round[e.Peer]; e.Old != stormAt(e.Peer, n-1) || e.New != stormAt(e.Peer, n) {
-			t.Fatalf("event %d of %v is %v -> %v", n, e.Peer, e.Old, e.New)
+		n := e.New.Port()
+		if n <= last[e.Peer] || e.Old != stormAt(e.Peer, int(n)-1) || e.New != stormAt(e.Peer, int(n)) {
+			t.Fatalf("an event of %v is %v -> %v, after %d", e.Peer, e.Old, e.New, last[e.Peer])
 		}
+		last[e.Peer] = n
 	}
 	if !sawDrained {
 		t.Error("nothing said that there are no more")
 	}
-	if read+lost != peers*rounds {
-		t.Errorf("%d read and %d lost, want %d together", read, lost, peers*rounds)
+	if n := read + lost + int(limited.Peer+limited.All); n != peers*rounds {
+		t.Errorf("%d read, %d lost and %+v held back, want %d together", read, lost, limited, peers*rounds)
 	}
-	t.Logf("the ring buffer holds %d events", read)
+	t.Logf("the ring buffer holds %d events; %d lost, %+v held back", read, lost, limited)
 
-	// And on it goes.
+	// And on it goes, in the next window.
+	for now := bootTime(t); bootTime(t)/Window == now/Window; {
+		time.Sleep(time.Millisecond)
+	}
 	if err := s.storm(keys, rounds, 1); err != nil {
 		t.Fatal(err)
 	}
 	if n := len(s.events()); n != peers {
 		t.Errorf("%d events after the loss, want %d", n, peers)
 	}
-	if n := s.lost() - before; n != lost {
+	if n := s.lost(); n != lost {
 		t.Errorf("lost %d events, %d before", n, lost)
 	}
 }
@@ -867,7 +1062,9 @@ func TestHookLost(t *testing.T) {
 // TestHookLatest: the map has room for twice the peers that were announced,
 // because it forgets some before it is full: on whatever CPU they change, half
 // of it is safe.
-func TestHookLatest(t *testing.T) {
+func TestHookLatest(t *testing.T) { eachRung(t, hookLatest) }
+
+func hookLatest(t *testing.T) {
 	needWireGuard(t)
 	hook := sharedHook(t)
 	if n := hook.objs.Latest.MaxEntries(); n != 4096 {
@@ -886,7 +1083,7 @@ func TestHookLatest(t *testing.T) {
 					t.Error(err)
 				}
 				for id := uint64(cpu); id < ids; id += uint64(runtime.NumCPU()) {
-					if err := hook.objs.Latest.Put(first+id, peerPeerEvent{InternalId: first + id, BootNs: uint64(round)}); err != nil {
+					if err := hook.objs.Latest.Put(first+id, peerPeerState{Event: peerPeerEvent{InternalId: first + id, BootNs: uint64(round)}}); err != nil {
 						t.Error(err)
 					}
 				}
@@ -915,14 +1112,16 @@ func TestHookLatest(t *testing.T) {
 }
 
 // TestHookClose: a reader that waits is told, and nothing else works any more.
-func TestHookClose(t *testing.T) {
+func TestHookClose(t *testing.T) { eachRung(t, hookClose) }
+
+func hookClose(t *testing.T) {
 	s := newSite(t)
 	result := make(chan error, 1)
 	go func() {
 		_, _, err := s.hook.Read()
 		result <- err
 	}()
-	detach(t)
+	detach(t, rung)
 	if err := <-result; !errors.Is(err, ErrClosed) {
 		t.Errorf("Read: %v, want %v", err, ErrClosed)
 	}
@@ -942,7 +1141,9 @@ func TestHookClose(t *testing.T) {
 
 // TestHookCloseBusy: the end comes in the middle of a storm. It ends the reader
 // alone, 40 times: what can be read of the ring buffer ends with it.
-func TestHookCloseBusy(t *testing.T) {
+func TestHookCloseBusy(t *testing.T) { eachRung(t, hookCloseBusy) }
+
+func hookCloseBusy(t *testing.T) {
 	s := newSite(t)
 	keys := s.manyPeers(wg.ChunkPeers)
 	// The ring buffer has one reader at a time.
@@ -995,7 +1196,7 @@ func TestHookCloseBusy(t *testing.T) {
 	}
 	close(stop)
 	storm.Wait()
-	detach(t)
+	detach(t, rung)
 }
 
 // TestHookLeaks: what Attach takes, with no more privileges than it needs, Close
@@ -1027,19 +1228,23 @@ func TestHookLeaks(t *testing.T) {
 		}
 		return n
 	}
-	detach(t)
+	for rung := range rungs {
+		detach(t, rung)
+	}
 	before := count()
 	for range 2 {
-		unprivileged(t, []int{unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}, func() {
-			hook, err := Attach(1)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			if err := hook.Close(); err != nil {
-				t.Error(err)
-			}
-		})
+		for rung, attach := range rungs {
+			unprivileged(t, []int{unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}, func() {
+				hook, err := attach(1)
+				if err != nil {
+					t.Errorf("%s: %v", rung, err)
+					return
+				}
+				if err := hook.Close(); err != nil {
+					t.Errorf("%s: %v", rung, err)
+				}
+			})
+		}
 	}
 	// The kernel lets go of programs and maps in the background.
 	await(t, "the same numbers as before", func() bool {
@@ -1054,9 +1259,12 @@ func TestHookLeaks(t *testing.T) {
 	})
 }
 
-// TestHookModule: an attached hook keeps the module; without the module there is
-// nothing to attach to, and with it again there is.
-func TestHookModule(t *testing.T) {
+// TestHookModule: fentry keeps the module, kprobes do not, and are dead when it
+// is gone; without the module there is nothing to attach to, and with it again
+// there is.
+func TestHookModule(t *testing.T) { eachRung(t, hookModule) }
+
+func hookModule(t *testing.T) {
 	needWireGuard(t)
 	unload := func() error { return exec.Command("modprobe", "-r", "wireguard").Run() }
 	load := func() {
@@ -1065,21 +1273,53 @@ func TestHookModule(t *testing.T) {
 		}
 	}
 	t.Cleanup(load)
-	sharedHook(t)
-	if unload() == nil {
-		t.Error("the module could be removed under the hook")
+	for rung := range rungs {
+		detach(t, rung)
 	}
-	detach(t)
-	// The kernel lets go of the program in the background.
-	await(t, "the module is gone", func() bool { return unload() == nil })
-	if hook, err := Attach(1); !errors.Is(err, ErrNoModule) {
+	s := newSite(t)
+	s.reach()
+	s.want(Event{New: s.c.Endpoint(), Cause: wgroam.CauseInitiation})
+	if s.hook.Stale() {
+		t.Error("the hook is stale from the start")
+	}
+	switch rung {
+	case "fentry":
+		if unload() == nil {
+			t.Error("the module could be removed under the hook")
+		}
+		detach(t, rung)
+		// The kernel lets go of the program in the background.
+		await(t, "the module is gone", func() bool { return unload() == nil })
+	case "kprobe":
+		await(t, "the module is gone", func() bool { return unload() == nil })
+		if !s.hook.Stale() {
+			t.Error("the hook is not stale without the module")
+		}
+		if _, ok, err := s.hook.Look(s.latest()[0].InternalID); ok || err != nil {
+			t.Errorf("the peer is somewhere: %v, %v", ok, err)
+		}
+	}
+	if hook, err := rungs[rung](1); !errors.Is(err, ErrNoModule) {
 		t.Errorf("Attach without the module: %v, want %v", err, ErrNoModule)
 		if err == nil {
 			hook.Close()
 		}
 	}
 	load()
-	s := newSite(t)
+	if rung == "kprobe" {
+		// What makes Stale worth asking.
+		dead := newSite(t)
+		dead.reach()
+		dead.want()
+		if !dead.hook.Stale() {
+			t.Error("the hook is not stale with the module loaded again")
+		}
+		detach(t, rung)
+	}
+	s = newSite(t)
 	s.reach()
 	s.want(Event{New: s.c.Endpoint(), Cause: wgroam.CauseInitiation})
+	if s.hook.Stale() {
+		t.Error("the hook of the module loaded again is stale")
+	}
 }

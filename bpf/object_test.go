@@ -8,12 +8,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"os"
 	"reflect"
 	"runtime"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,19 +25,31 @@ import (
 	"github.com/wgroam/wgroam"
 )
 
+// eachObject runs a test of an object for each that peer.bpf.c is compiled to.
+func eachObject(t *testing.T, test func(*testing.T, *ebpf.CollectionSpec)) {
+	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"peer": loadPeer, "kprobe": loadKprobe} {
+		t.Run(name, func(t *testing.T) {
+			spec, err := load()
+			if err != nil {
+				t.Fatal(err)
+			}
+			test(t, spec)
+		})
+	}
+}
+
 // TestABI: the C structs of the embedded object and the Go structs that read
 // them have the same members, at the same places.
-func TestABI(t *testing.T) {
-	spec, err := loadPeer()
-	if err != nil {
-		t.Fatal(err)
-	}
+func TestABI(t *testing.T) { eachObject(t, objectABI) }
+
+func objectABI(t *testing.T, spec *ebpf.CollectionSpec) {
 	type member struct {
 		name         string
 		offset, size int
 	}
 	for name, goType := range map[string]reflect.Type{
 		"peer_event":    reflect.TypeFor[peerPeerEvent](),
+		"peer_state":    reflect.TypeFor[peerPeerState](),
 		"peer_endpoint": reflect.TypeFor[peerPeerEndpoint](),
 		"device_id":     reflect.TypeFor[peerDeviceId](),
 	} {
@@ -71,7 +81,7 @@ func TestABI(t *testing.T) {
 
 	for name, want := range map[string][2]uint32{
 		peerMapDevices: {uint32(unsafe.Sizeof(peerDeviceId{})), 1},
-		peerMapLatest:  {8, uint32(unsafe.Sizeof(peerPeerEvent{}))},
+		peerMapLatest:  {8, uint32(unsafe.Sizeof(peerPeerState{}))},
 	} {
 		if m := spec.Maps[name]; m.KeySize != want[0] || m.ValueSize != want[1] {
 			t.Errorf("map %s: key of %d bytes, value of %d, want %v", name, m.KeySize, m.ValueSize, want)
@@ -81,11 +91,9 @@ func TestABI(t *testing.T) {
 
 // TestSecrets: of a peer's keys, the program knows the place of the public one
 // only.
-func TestSecrets(t *testing.T) {
-	spec, err := loadPeer()
-	if err != nil {
-		t.Fatal(err)
-	}
+func TestSecrets(t *testing.T) { eachObject(t, objectSecrets) }
+
+func objectSecrets(t *testing.T, spec *ebpf.CollectionSpec) {
 	for name, want := range map[string][]string{
 		"noise_handshake": {"remote_static"},
 		"wg_peer":         {"device", "endpoint", "handshake", "internal_id"},
@@ -192,19 +200,26 @@ func FuzzDecode(f *testing.F) {
 
 func TestObjectHashes(t *testing.T) {
 	hashes := ObjectHashes()
-	if got := slices.Collect(maps.Keys(hashes)); !slices.Equal(got, []string{"peer"}) {
-		t.Errorf("objects %q", got)
+	objects := map[string]string{"peer": "peer_bpfel.o", "kprobe": "kprobe_x86_bpfel.o", "uplink": "uplink_bpfel.o"}
+	if runtime.GOARCH == "arm64" {
+		objects["kprobe"] = "kprobe_arm64_bpfel.o"
 	}
-	object, err := os.ReadFile("peer_bpfel.o")
-	if errors.Is(err, os.ErrNotExist) {
-		object, err = _PeerBytes, nil // the machine of test/vm has no sources
+	if len(hashes) != len(objects) {
+		t.Errorf("objects %v", hashes)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := sha256.Sum256(object)
-	if want := hex.EncodeToString(sum[:]); hashes["peer"] != want {
-		t.Errorf("hash %s, want %s", hashes["peer"], want)
+	embedded := map[string][]byte{"peer": _PeerBytes, "kprobe": _KprobeBytes, "uplink": _UplinkBytes}
+	for name, file := range objects {
+		object, err := os.ReadFile(file)
+		if errors.Is(err, os.ErrNotExist) {
+			object, err = embedded[name], nil // the machine of test/vm has no sources
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(object)
+		if want := hex.EncodeToString(sum[:]); hashes[name] != want {
+			t.Errorf("%s: hash %s, want %s", name, hashes[name], want)
+		}
 	}
 }
 
@@ -276,7 +291,7 @@ func TestExplain(t *testing.T) {
 		if exists("/sys/module/wireguard") {
 			want = test.with
 		}
-		got := explain(test.err)
+		got := explain(test.err, "something")
 		if !errors.Is(got, want) || !errors.Is(got, test.err) {
 			t.Errorf("%s: %v, want %v", name, got, want)
 		}
@@ -296,7 +311,7 @@ func TestExplain(t *testing.T) {
 		}
 	}
 	unprivileged(t, nil, func() {
-		if err := explain(cause); !errors.Is(err, ErrPrivilege) {
+		if err := explain(cause, "something"); !errors.Is(err, ErrPrivilege) {
 			t.Errorf("without privileges: %v, want %v", err, ErrPrivilege)
 		}
 	})

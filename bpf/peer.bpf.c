@@ -9,9 +9,13 @@
  * packets past the replay counter, handshake initiations and responses past
  * the decryption), and from set_peer() in netlink.c. It is called for every
  * authenticated data packet, and compares inside; so do we, first of all.
+ *
+ * This file is compiled twice. With KPROBE, it is for kernels that cannot attach
+ * fentry programs to functions of modules: arm64 before 6.4.
  */
 #include <linux/bpf.h>
 #include <stdbool.h>
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
@@ -19,6 +23,29 @@
 #include "wireguard.h"
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+/* The verifier knows the types of a fentry program's arguments and lets it load
+ * through them. A kprobe program has the registers only, and needs a helper for
+ * every load. It is also skipped while any other kprobe program runs on the same
+ * CPU (kernel/trace/bpf_trace.c, trace_call_bpf: bpf_prog_active), that of a
+ * tracer that the administrator runs included. User space looks at the count of
+ * that (Linux 6.7), and at gaps between events. */
+#ifdef KPROBE
+#define ENTER(function) SEC("kprobe/" function)
+#define LEAVE(function) SEC("kretprobe/" function)
+#define PROG BPF_KPROBE
+#define READ(field)                                                                                \
+	({                                                                                         \
+		__typeof_unqual__(field) value;                                                    \
+		bpf_core_read(&value, sizeof(value), &(field));                                    \
+		value;                                                                             \
+	})
+#else
+#define ENTER(function) SEC("fentry/" function)
+#define LEAVE(function) SEC("fexit/" function)
+#define PROG BPF_PROG
+#define READ(field) (field)
+#endif
 
 #define MESSAGE_HANDSHAKE_RESPONSE 2 /* messages.h, enum message_type */
 
@@ -37,10 +64,10 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
 	__type(key, __u64);
-	__type(value, struct peer_event);
+	__type(value, struct peer_state);
 } latest SEC(".maps");
 
-/* The ring buffer, and how many events found it full. */
+/* The ring buffer, and how many events found it, or the map, full. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 20);
@@ -48,6 +75,18 @@ struct {
 } events SEC(".maps");
 
 __u64 events_lost;
+
+/* How many events were held back: by the limit for their peer, and by that for
+ * all. After the latter, user space looks at all peers. */
+__u64 events_limited;
+__u64 events_limited_all;
+
+/* LIMIT_ALL, which a test can lower. */
+const volatile __u32 limit_all = LIMIT_ALL;
+
+/* The window of the newest event in the upper half, and in the lower how many
+ * events of all peers there were in it. */
+__u64 sent_by_all;
 
 /* A handshake message that this task is just now taking an endpoint from. */
 struct handshake {
@@ -65,38 +104,44 @@ struct {
 
 static __always_inline bool same_address(const struct endpoint *a, const struct endpoint *b)
 {
-	if (a->addr.sa_family != b->addr.sa_family)
+	__u16 family = READ(a->addr.sa_family);
+
+	if (family != READ(b->addr.sa_family))
 		return false;
 
 	/* The common case first: one port and one word of address to compare.
 	 * sin_port and sin6_port share their place. */
-	if (a->addr4.sin_port != b->addr4.sin_port)
+	if (READ(a->addr4.sin_port) != READ(b->addr4.sin_port))
 		return false;
-	if (a->addr.sa_family == AF_INET)
-		return a->addr4.sin_addr.s_addr == b->addr4.sin_addr.s_addr;
+	if (family == AF_INET)
+		return READ(a->addr4.sin_addr.s_addr) == READ(b->addr4.sin_addr.s_addr);
 
-	return a->addr6.sin6_addr.in6_u.u6_addr32[3] == b->addr6.sin6_addr.in6_u.u6_addr32[3] &&
-	       a->addr6.sin6_addr.in6_u.u6_addr32[2] == b->addr6.sin6_addr.in6_u.u6_addr32[2] &&
-	       a->addr6.sin6_addr.in6_u.u6_addr32[1] == b->addr6.sin6_addr.in6_u.u6_addr32[1] &&
-	       a->addr6.sin6_addr.in6_u.u6_addr32[0] == b->addr6.sin6_addr.in6_u.u6_addr32[0] &&
-	       a->addr6.sin6_scope_id == b->addr6.sin6_scope_id;
+	return READ(a->addr6.sin6_addr.in6_u.u6_addr32[3]) ==
+		       READ(b->addr6.sin6_addr.in6_u.u6_addr32[3]) &&
+	       READ(a->addr6.sin6_addr.in6_u.u6_addr32[2]) ==
+		       READ(b->addr6.sin6_addr.in6_u.u6_addr32[2]) &&
+	       READ(a->addr6.sin6_addr.in6_u.u6_addr32[1]) ==
+		       READ(b->addr6.sin6_addr.in6_u.u6_addr32[1]) &&
+	       READ(a->addr6.sin6_addr.in6_u.u6_addr32[0]) ==
+		       READ(b->addr6.sin6_addr.in6_u.u6_addr32[0]) &&
+	       READ(a->addr6.sin6_scope_id) == READ(b->addr6.sin6_scope_id);
 }
 
 static __always_inline void copy_endpoint(struct peer_endpoint *to, const struct endpoint *from)
 {
 	__u32 *addr = (__u32 *)to->addr;
 
-	to->family = from->addr.sa_family;
+	to->family = READ(from->addr.sa_family);
 	if (to->family == AF_INET) {
-		to->port = from->addr4.sin_port;
-		addr[0] = from->addr4.sin_addr.s_addr;
+		to->port = READ(from->addr4.sin_port);
+		addr[0] = READ(from->addr4.sin_addr.s_addr);
 	} else if (to->family == AF_INET6) {
-		to->port = from->addr6.sin6_port;
-		to->scope = from->addr6.sin6_scope_id;
-		addr[0] = from->addr6.sin6_addr.in6_u.u6_addr32[0];
-		addr[1] = from->addr6.sin6_addr.in6_u.u6_addr32[1];
-		addr[2] = from->addr6.sin6_addr.in6_u.u6_addr32[2];
-		addr[3] = from->addr6.sin6_addr.in6_u.u6_addr32[3];
+		to->port = READ(from->addr6.sin6_port);
+		to->scope = READ(from->addr6.sin6_scope_id);
+		addr[0] = READ(from->addr6.sin6_addr.in6_u.u6_addr32[0]);
+		addr[1] = READ(from->addr6.sin6_addr.in6_u.u6_addr32[1]);
+		addr[2] = READ(from->addr6.sin6_addr.in6_u.u6_addr32[2]);
+		addr[3] = READ(from->addr6.sin6_addr.in6_u.u6_addr32[3]);
 	}
 }
 
@@ -106,10 +151,10 @@ static __always_inline void copy_endpoint(struct peer_endpoint *to, const struct
  * the mark of configuration, and the guard against our own applier's echo. */
 static __always_inline bool is_configured(const struct endpoint *ep)
 {
-	if (ep->addr.sa_family == AF_INET)
-		return !ep->src4.s_addr && !ep->src_if4;
-	return !ep->src6.in6_u.u6_addr32[0] && !ep->src6.in6_u.u6_addr32[1] &&
-	       !ep->src6.in6_u.u6_addr32[2] && !ep->src6.in6_u.u6_addr32[3];
+	if (READ(ep->addr.sa_family) == AF_INET)
+		return !READ(ep->src4.s_addr) && !READ(ep->src_if4);
+	return !READ(ep->src6.in6_u.u6_addr32[0]) && !READ(ep->src6.in6_u.u6_addr32[1]) &&
+	       !READ(ep->src6.in6_u.u6_addr32[2]) && !READ(ep->src6.in6_u.u6_addr32[3]);
 }
 
 static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint *endpoint)
@@ -132,26 +177,27 @@ static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint
  * its device, which is another namespace's or another daemon's. */
 static __always_inline bool begin_event(struct peer_event *event, struct wg_peer *peer)
 {
-	struct net_device *dev = peer->device->dev;
+	struct wg_device *wg = READ(peer->device);
+	struct net_device *dev = READ(wg->dev);
+	struct net *net = READ(dev->nd_net.net);
 	struct device_id id = {
-		.ifindex = dev->ifindex,
-		.netns = dev->nd_net.net->ns.inum,
+		.ifindex = READ(dev->ifindex),
+		.netns = READ(net->ns.inum),
 	};
 	const __u64 *key;
 
 	if (!bpf_map_lookup_elem(&devices, &id))
 		return false;
 
-	event->internal_id = peer->internal_id;
+	event->internal_id = READ(peer->internal_id);
 	event->boot_ns = bpf_ktime_get_boot_ns();
 	event->ifindex = id.ifindex;
 	event->netns = id.netns;
-	/* Plain loads instead of a helper: they work under lockdown as well. */
 	key = (const __u64 *)peer->handshake.remote_static;
-	((__u64 *)event->public_key)[0] = key[0];
-	((__u64 *)event->public_key)[1] = key[1];
-	((__u64 *)event->public_key)[2] = key[2];
-	((__u64 *)event->public_key)[3] = key[3];
+	((__u64 *)event->public_key)[0] = READ(key[0]);
+	((__u64 *)event->public_key)[1] = READ(key[1]);
+	((__u64 *)event->public_key)[2] = READ(key[2]);
+	((__u64 *)event->public_key)[3] = READ(key[3]);
 	return true;
 }
 
@@ -161,24 +207,52 @@ static __always_inline void send_event(struct peer_event *event)
 		__sync_fetch_and_add(&events_lost, 1);
 }
 
-static __always_inline void report_change(struct wg_peer *peer, const struct endpoint *endpoint)
+/* Whether the limit for all peers leaves room for one more event. */
+static __always_inline bool room_for_all(__u64 window)
 {
-	struct peer_event event = {};
+	__u64 fresh = window << 32;
+	__u64 seen = *(volatile __u64 *)&sent_by_all;
 
-	/* Not our device. */
-	if (!begin_event(&event, peer))
-		return;
-	event.cause = cause_of(peer, endpoint);
-	copy_endpoint(&event.old_endpoint, &peer->endpoint);
-	copy_endpoint(&event.new_endpoint, endpoint);
-
-	/* The map first: whoever is told of a lost event must find it there. */
-	bpf_map_update_elem(&latest, &event.internal_id, &event, BPF_ANY);
-	send_event(&event);
+	/* The first in its window starts to count anew, unless another CPU just has. */
+	if (seen < fresh && __sync_val_compare_and_swap(&sent_by_all, seen, fresh + 1) == seen)
+		return true;
+	return (__u32)__sync_fetch_and_add(&sent_by_all, 1) < limit_all;
 }
 
-SEC("fentry/wg_socket_set_peer_endpoint")
-int BPF_PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *endpoint)
+static __always_inline void report_change(struct wg_peer *peer, const struct endpoint *endpoint)
+{
+	struct peer_state state = {}, *last;
+
+	/* Not our device. */
+	if (!begin_event(&state.event, peer))
+		return;
+	state.event.cause = cause_of(peer, endpoint);
+	copy_endpoint(&state.event.old_endpoint, &peer->endpoint);
+	copy_endpoint(&state.event.new_endpoint, endpoint);
+	state.peer = (__u64)peer;
+	state.window = state.event.boot_ns / LIMIT_WINDOW_NS;
+
+	/* Two CPUs can both take what they find for theirs to count on: then there
+	 * are a few events more. */
+	last = bpf_map_lookup_elem(&latest, &state.event.internal_id);
+	if (last && last->window == state.window)
+		state.sent = last->sent;
+	if (state.sent <= LIMIT_PEER)
+		state.sent++;
+
+	/* The map first: whoever is told of a lost event must find it there. */
+	if (bpf_map_update_elem(&latest, &state.event.internal_id, &state, BPF_ANY))
+		__sync_fetch_and_add(&events_lost, 1);
+	if (state.sent > LIMIT_PEER)
+		__sync_fetch_and_add(&events_limited, 1);
+	else if (!room_for_all(state.window))
+		__sync_fetch_and_add(&events_limited_all, 1);
+	else
+		send_event(&state.event);
+}
+
+ENTER("wg_socket_set_peer_endpoint")
+int PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *endpoint)
 {
 	/* Not a roam. Every authenticated data packet of a peer that stays
 	 * where it is ends here: no map, no helper. A change of our own local
@@ -190,9 +264,11 @@ int BPF_PROG(set_peer_endpoint, struct wg_peer *peer, const struct endpoint *end
 
 /* The end of a handshake, which proves that its beginning was not a replay. The
  * kernel takes the endpoint of the packet before it comes here (receive.c:343,
- * wg_packet_consume_data_done, and 172). */
-SEC("fentry/wg_timers_handshake_complete")
-int BPF_PROG(handshake_complete, struct wg_peer *peer)
+ * wg_packet_consume_data_done, and 172). No limit: a handshake costs both sides
+ * more than its event, and there is none within 20 ms of another (noise.c:633,
+ * INITIATIONS_PER_SECOND). */
+ENTER("wg_timers_handshake_complete")
+int PROG(handshake_complete, struct wg_peer *peer)
 {
 	struct peer_event event = {};
 
@@ -207,24 +283,71 @@ int BPF_PROG(handshake_complete, struct wg_peer *peer)
 
 /* Both handshake messages take this way to wg_socket_set_peer_endpoint() (and
  * data packets do not: receive.c:150, 172), which does not see the packet. */
-SEC("fentry/wg_socket_set_peer_endpoint_from_skb")
-int BPF_PROG(handshake_enter, struct wg_peer *peer, const struct sk_buff *skb)
+ENTER("wg_socket_set_peer_endpoint_from_skb")
+int PROG(handshake_enter, struct wg_peer *peer, const struct sk_buff *skb)
 {
 	__u64 task = bpf_get_current_pid_tgid();
 	struct handshake hs = { .peer = (__u64)peer };
 
 	/* An unreadable packet leaves the type 0 and counts as an initiation, the
 	 * weaker evidence. */
-	bpf_probe_read_kernel(&hs.type, sizeof(hs.type), skb->data);
+	bpf_probe_read_kernel(&hs.type, sizeof(hs.type), READ(skb->data));
 	bpf_map_update_elem(&handshakes, &task, &hs, BPF_ANY);
 	return 0;
 }
 
-SEC("fexit/wg_socket_set_peer_endpoint_from_skb")
-int BPF_PROG(handshake_exit, struct wg_peer *peer, const struct sk_buff *skb)
+LEAVE("wg_socket_set_peer_endpoint_from_skb")
+int PROG(handshake_exit)
 {
 	__u64 task = bpf_get_current_pid_tgid();
 
 	bpf_map_delete_elem(&handshakes, &task);
 	return 0;
+}
+
+/* Where the device has a peer now, in the bytes of a sockaddr. */
+struct outer {
+	__u16 family;
+	__be16 port;
+	__u32 word[6];
+};
+
+struct peer_endpoint looked;
+
+/* What user space runs, one at a time, to see where the device has the peer
+ * that args[0] is the internal_id of, into looked. 0: the peer has not changed
+ * yet, or is gone.
+ *
+ * This closes the gap that set_peer_endpoint leaves, which decides before the
+ * kernel does: a packet that it sees as no change is one when another CPU writes
+ * in between. */
+SEC("raw_tp/look")
+int look(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 id = ctx->args[0], found = 0;
+	struct peer_state *state = bpf_map_lookup_elem(&latest, &id);
+	__u32 *addr = (__u32 *)looked.addr;
+	struct outer outer = {};
+	struct wg_peer *peer;
+
+	if (!state)
+		return 0;
+	/* The kernel may have freed it. No two peers have the same internal_id
+	 * (peer.c, wg_peer_create), and what is freed is zeroed (peer.c, rcu_release). */
+	peer = (struct wg_peer *)state->peer;
+	if (bpf_core_read(&found, sizeof(found), &peer->internal_id) || found != id ||
+	    bpf_core_read(&outer, sizeof(outer), &peer->endpoint.addr))
+		return 0;
+	looked.family = outer.family;
+	looked.port = outer.port;
+	if (outer.family == AF_INET) {
+		addr[0] = outer.word[0];
+	} else {
+		/* Behind sin6_flowinfo. */
+		addr[0] = outer.word[1];
+		addr[1] = outer.word[2];
+		addr[2] = outer.word[3];
+		addr[3] = outer.word[4];
+	}
+	return 1;
 }

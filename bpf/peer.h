@@ -16,6 +16,15 @@ enum peer_cause {
 	CAUSE_CONFIRMED = 0x80,
 };
 
+/* How many events a peer can cause, which may change its address with every
+ * packet, and all peers together, whose addresses somebody on the path may
+ * rewrite: so many in every LIMIT_WINDOW_NS of CLOCK_BOOTTIME. What is more is in
+ * the map of the newest events only, where user space looks when the window of
+ * an event is over. */
+#define LIMIT_WINDOW_NS 100000000ULL
+#define LIMIT_PEER 8
+#define LIMIT_ALL 2000
+
 /* An outer address as WireGuard keeps it. */
 struct peer_endpoint {
 	__u8 addr[16]; /* network byte order; IPv4 in the first four bytes */
@@ -24,8 +33,7 @@ struct peer_endpoint {
 	__u16 family; /* AF_INET, AF_INET6, or 0: no endpoint */
 };
 
-/* An endpoint change: the ring buffer's record, and the value of the map that
- * keeps the newest one of every peer. */
+/* An endpoint change, as it is in the ring buffer. */
 struct peer_event {
 	__u64 internal_id; /* wg_peer.internal_id: unique until the module is reloaded */
 	__u64 boot_ns; /* CLOCK_BOOTTIME, when the kernel accepted the endpoint */
@@ -36,6 +44,15 @@ struct peer_event {
 	__u32 netns; /* inode number of the device's network namespace */
 	__u8 cause; /* enum peer_cause */
 	__u8 pad[7];
+};
+
+/* The newest event of a peer, sent or not. */
+struct peer_state {
+	struct peer_event event;
+	__u64 peer; /* address of the wg_peer */
+	__u64 window; /* of the event: boot_ns / LIMIT_WINDOW_NS */
+	__u32 sent; /* events in that window */
+	__u32 pad;
 };
 
 /* A WireGuard device. An ifindex alone is unique within one namespace only. */

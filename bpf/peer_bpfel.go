@@ -40,6 +40,15 @@ type peerPeerEvent struct {
 	Pad         [7]uint8
 }
 
+type peerPeerState struct {
+	_      structs.HostLayout
+	Event  peerPeerEvent
+	Peer   uint64
+	Window uint64
+	Sent   uint32
+	Pad    uint32
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -51,8 +60,14 @@ const (
 	peerProgHandshakeComplete = "handshake_complete"
 	peerProgHandshakeEnter    = "handshake_enter"
 	peerProgHandshakeExit     = "handshake_exit"
+	peerProgLook              = "look"
 	peerProgSetPeerEndpoint   = "set_peer_endpoint"
+	peerVarEventsLimited      = "events_limited"
+	peerVarEventsLimitedAll   = "events_limited_all"
 	peerVarEventsLost         = "events_lost"
+	peerVarLimitAll           = "limit_all"
+	peerVarLooked             = "looked"
+	peerVarSentByAll          = "sent_by_all"
 )
 
 // loadPeer returns the embedded CollectionSpec for peer.
@@ -100,6 +115,7 @@ type peerProgramSpecs struct {
 	HandshakeComplete *ebpf.ProgramSpec `ebpf:"handshake_complete"`
 	HandshakeEnter    *ebpf.ProgramSpec `ebpf:"handshake_enter"`
 	HandshakeExit     *ebpf.ProgramSpec `ebpf:"handshake_exit"`
+	Look              *ebpf.ProgramSpec `ebpf:"look"`
 	SetPeerEndpoint   *ebpf.ProgramSpec `ebpf:"set_peer_endpoint"`
 }
 
@@ -117,7 +133,12 @@ type peerMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type peerVariableSpecs struct {
-	EventsLost *ebpf.VariableSpec `ebpf:"events_lost"`
+	EventsLimited    *ebpf.VariableSpec `ebpf:"events_limited"`
+	EventsLimitedAll *ebpf.VariableSpec `ebpf:"events_limited_all"`
+	EventsLost       *ebpf.VariableSpec `ebpf:"events_lost"`
+	LimitAll         *ebpf.VariableSpec `ebpf:"limit_all"`
+	Looked           *ebpf.VariableSpec `ebpf:"looked"`
+	SentByAll        *ebpf.VariableSpec `ebpf:"sent_by_all"`
 }
 
 // peerObjects contains all objects after they have been loaded into the kernel.
@@ -159,7 +180,12 @@ func (m *peerMaps) Close() error {
 //
 // It can be passed to loadPeerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type peerVariables struct {
-	EventsLost *ebpf.Variable `ebpf:"events_lost"`
+	EventsLimited    *ebpf.Variable `ebpf:"events_limited"`
+	EventsLimitedAll *ebpf.Variable `ebpf:"events_limited_all"`
+	EventsLost       *ebpf.Variable `ebpf:"events_lost"`
+	LimitAll         *ebpf.Variable `ebpf:"limit_all"`
+	Looked           *ebpf.Variable `ebpf:"looked"`
+	SentByAll        *ebpf.Variable `ebpf:"sent_by_all"`
 }
 
 // peerPrograms contains all programs after they have been loaded into the kernel.
@@ -169,6 +195,7 @@ type peerPrograms struct {
 	HandshakeComplete *ebpf.Program `ebpf:"handshake_complete"`
 	HandshakeEnter    *ebpf.Program `ebpf:"handshake_enter"`
 	HandshakeExit     *ebpf.Program `ebpf:"handshake_exit"`
+	Look              *ebpf.Program `ebpf:"look"`
 	SetPeerEndpoint   *ebpf.Program `ebpf:"set_peer_endpoint"`
 }
 
@@ -177,6 +204,7 @@ func (p *peerPrograms) Close() error {
 		p.HandshakeComplete,
 		p.HandshakeEnter,
 		p.HandshakeExit,
+		p.Look,
 		p.SetPeerEndpoint,
 	)
 }

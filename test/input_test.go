@@ -128,73 +128,6 @@ func TestDeviceComesAndGoes(t *testing.T) {
 	}
 }
 
-// TestPrivileges: what is missing is named, and the daemon does what it still can.
-func TestPrivileges(t *testing.T) {
-	l := newLab(t, lab.Config{})
-	needKernel(t, l)
-	a, c := l.Gateways[0], l.Clients[0]
-	const nobody = 65534
-
-	launch := func(caps []uintptr, args ...string) *process {
-		p := &process{t: t, cmd: exec.Command(binary(t), args...), exited: make(chan struct{})}
-		p.cmd.Stderr = &p.stderr
-		p.cmd.SysProcAttr = &syscall.SysProcAttr{
-			Pdeathsig:   syscall.SIGKILL,
-			Credential:  &syscall.Credential{Uid: nobody, Gid: nobody},
-			AmbientCaps: caps,
-		}
-		if err := a.Start(p.cmd); err != nil {
-			t.Fatal(err)
-		}
-		go func() { p.err = p.cmd.Wait(); close(p.exited) }()
-		t.Cleanup(func() { p.stop() })
-		return p
-	}
-	run := func(caps ...uintptr) (*process, string) {
-		dir, err := os.MkdirTemp("", "wgroam-test")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.RemoveAll(dir) })
-		file := filepath.Join(dir, "wgroam.toml")
-		socket := filepath.Join(dir, "control.sock")
-		cfg := fmt.Sprintf("[[device]]\nname = %q\npoll_interval = \"20ms\"\n[control]\nsocket = %q\n", a.Device(), socket)
-		if err := errors.Join(os.WriteFile(file, []byte(cfg), 0o644), os.Chown(dir, nobody, nobody)); err != nil {
-			t.Fatal(err)
-		}
-		return launch(caps, "run", "--config", file), socket
-	}
-
-	p, _ := run()
-	<-p.exited
-	if out := p.stderr.String(); p.err == nil || !strings.Contains(out, "CAP_NET_ADMIN") {
-		t.Errorf("without privileges: %v:\n%s", p.err, out)
-	}
-
-	for _, args := range [][]string{{"watch"}, {"watch", "--device", a.Device()}} {
-		p := launch(nil, args...)
-		<-p.exited
-		if out := p.stderr.String(); p.err == nil || !strings.Contains(out, "CAP_NET_ADMIN") {
-			t.Errorf("%v without privileges: %v:\n%s", args, p.err, out)
-		}
-	}
-
-	p, socket := run(unix.CAP_NET_ADMIN)
-	p.says("following endpoint changes")
-	n := &node{process: p, gw: a, socket: socket}
-	n.awaitRung(control.RungPolling, "CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN")
-	ping(t, c)
-	await(t, "polling sees the peer", func() (bool, string) {
-		s := n.status()
-		return s.Records == 1, fmt.Sprintf("%+v", s)
-	})
-
-	p, socket = run(unix.CAP_NET_ADMIN, unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYS_ADMIN)
-	p.says("following endpoint changes")
-	n = &node{process: p, gw: a, socket: socket}
-	n.awaitRung(control.RungFentry, "")
-}
-
 // TestNoBTF: a kernel without BTF is polled, and the status says why.
 func TestNoBTF(t *testing.T) {
 	l := newLab(t, lab.Config{})
@@ -386,14 +319,31 @@ func TestMetrics(t *testing.T) {
 		s := n.status()
 		return s.Records == 1, fmt.Sprintf("%+v", s)
 	})
+	body := metrics(t, a, "127.0.0.1:9586")
+	for _, want := range []string{
+		fmt.Sprintf("wgroam_records{device=%q,netns=\"\"} 1\n", a.Device()),
+		fmt.Sprintf("wgroam_sweep_repairs_total{device=%q,netns=\"\"} 0\n", a.Device()),
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("metrics lack %q:\n%s", want, body)
+		}
+	}
+	if strings.Contains(body, c.Endpoint().Addr().String()) || strings.Contains(body, c.Key().String()) {
+		t.Errorf("metrics tell where or who a peer is:\n%s", body)
+	}
+}
+
+// metrics gets what a daemon on gw serves there.
+func metrics(t testing.TB, gw *lab.Gateway, listen string) string {
+	t.Helper()
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(_ context.Context, network, addr string) (conn net.Conn, err error) {
-			err = a.Do(func() error { conn, err = net.Dial(network, addr); return err })
+			err = gw.Do(func() error { conn, err = net.Dial(network, addr); return err })
 			return conn, err
 		},
 	}}
-	resp, err := client.Get("http://127.0.0.1:9586/metrics")
+	resp, err := client.Get("http://" + listen + "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -402,17 +352,7 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{
-		fmt.Sprintf("wgroam_records{device=%q} 1\n", a.Device()),
-		fmt.Sprintf("wgroam_sweep_repairs_total{device=%q} 0\n", a.Device()),
-	} {
-		if !strings.Contains(string(body), want) {
-			t.Errorf("metrics lack %q:\n%s", want, body)
-		}
-	}
-	if strings.Contains(string(body), c.Endpoint().Addr().String()) || strings.Contains(string(body), c.Key().String()) {
-		t.Errorf("metrics tell where or who a peer is:\n%s", body)
-	}
+	return string(body)
 }
 
 // TestWatchDaemon: watch through a daemon shows what a watch of its own shows.

@@ -13,18 +13,19 @@ import (
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
-// TestMain removes what daemons with the default configuration leave behind.
-func TestMain(m *testing.M) {
+// runAll runs the tests, and removes what daemons with the default configuration
+// leave behind.
+func runAll(m *testing.M) (status int) {
 	const state = "/var/lib/wgroam"
 	_, err := os.Stat(state)
-	status := m.Run()
+	status = m.Run()
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := os.RemoveAll(state); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			status = 1
 		}
 	}
-	os.Exit(status)
+	return status
 }
 
 // TestPowerCycle: all gateways lose power at once, with their WireGuard devices

@@ -15,6 +15,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -120,6 +121,50 @@ func TestModule(t *testing.T) {
 		t.Error("go.mod has a replace directive")
 	}
 	command(t, "go", "mod", "tidy", "-diff")
+}
+
+// The systemd unit is one, and gives the capabilities that TestUnit runs the daemon with; the README names them.
+func TestUnitFile(t *testing.T) {
+	text := read(t, "contrib/systemd/wgroam.service")
+	want := strings.Join(capNames(capSet(forAll...)), " ")
+	for _, key := range []string{"AmbientCapabilities", "CapabilityBoundingSet"} {
+		found := regexp.MustCompile(`(?m)^`+key+`=(.*)$`).FindAllStringSubmatch(text, -1)
+		if len(found) != 1 {
+			t.Errorf("%s is there %d times, want once", key, len(found))
+			continue
+		}
+		if got := capsOf(found[0][1]); got != capsOf(want) {
+			t.Errorf("%s is %q, want %q", key, found[0][1], want)
+		}
+	}
+	readme := read(t, "README.md")
+	for what, caps := range map[string][]int{
+		"reading and writing kernel WireGuard": forPolling,
+		"the kernel hook":                      forFentry,
+		"a device with `netns`":                forNetns,
+		"WireGuard in user space":              forSockets,
+	} {
+		row := regexp.MustCompile(`(?m)^\| ` + regexp.QuoteMeta(what) + `[^|]*\|([^|]*)\|`).FindStringSubmatch(readme)
+		if row == nil || capsOf(strings.NewReplacer("`", "", ",", "").Replace(row[1])) != capsOf(strings.Join(capNames(capSet(caps...)), " ")) {
+			t.Errorf("README.md says %q for %s, want %q", row, what, capNames(capSet(caps...)))
+		}
+	}
+
+	// The command has to be there.
+	unit := filepath.Join(t.TempDir(), "wgroam.service")
+	if err := os.WriteFile(unit, []byte(strings.Replace(text, "/usr/local/sbin/wgroam", binary(t), 1)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("systemd-analyze", "verify", unit).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("systemd-analyze: %v: %s", err, out)
+	}
+}
+
+// capsOf brings the names of capabilities into one order.
+func capsOf(names string) string {
+	list := strings.Fields(names)
+	slices.Sort(list)
+	return strings.Join(list, " ")
 }
 
 // A link from one document to another file leads there.

@@ -6,24 +6,33 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam/bpf"
+	"github.com/wgroam/wgroam/internal/privilege"
 )
 
 // Kernel shares one kernel hook among the trackers of all devices. The hook is
 // attached when the first device wants it, and again whenever the last attempt
-// failed: a module that was not there may have been loaded since.
+// failed: a module that was not there may have been loaded since. It is closed
+// when no device wants it any more, because fentry keeps the module from being
+// unloaded.
 //
 // The zero value is ready for use. Close it at the end.
 type Kernel struct {
+	attach func(peers int) (*bpf.Hook, error) // bpf.Attach; tests have others
+
 	mu      sync.Mutex
 	hook    *bpf.Hook
 	subs    map[bpf.Device]*subscriber
-	lost    uint64
+	looks   looks
+	was     counts        // of the hook
+	past    counts        // of those before it
+	check   time.Time     // when to ask whether the hook was skipped
 	owed    bool          // events were lost, and have not been recovered
 	flushed chan struct{} // closed when the ring buffer has been emptied
 	reader  sync.WaitGroup
@@ -32,42 +41,71 @@ type Kernel struct {
 	barriers sync.Mutex // one at a time
 }
 
+// counts are what the kernel has counted.
+type counts struct {
+	lost, limited, missed uint64
+}
+
 // subscriber is told of one device's events, by the goroutine that reads the
 // ring buffer: it must not wait for anything.
 type subscriber struct {
-	event func(bpf.Event)
+	// event reports whether it was news.
+	event func(bpf.Event) bool
+	// settled is called when a peer has stood still for a while since its last
+	// event, with where the device has it; ok is false if that is not known.
+	settled func(last bpf.Event, at netip.AddrPort, ok bool)
 	// lost is called when events are missing: for the first time since the newest
 	// of each peer were delivered again, by event, or once more.
 	lost func(first bool)
+	// missed is called when the hook was not run for a packet.
+	missed func()
 	// broken is called when the hook is gone for good.
 	broken func(error)
 }
 
-var errKernelClosed = errors.New("kernel hook is closed")
+var (
+	errKernelClosed = errors.New("kernel hook is closed")
+	errReloaded     = errors.New("the wireguard module was unloaded")
+)
 
 // follow makes s hear of a device's events from now on. peers is the number of
-// peers that the device has.
-func (k *Kernel) follow(d bpf.Device, peers int, s *subscriber) error {
+// peers that the device has. fallback is why the hook is not as good as it could
+// be; nil if it is.
+func (k *Kernel) follow(d bpf.Device, peers int, s *subscriber) (fallback, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.closed {
-		return errKernelClosed
+		return nil, errKernelClosed
+	}
+	if k.hook != nil && k.hook.Stale() {
+		// Whoever follows has a device that went with the module, and has yet to
+		// notice.
+		k.fail(errReloaded)
 	}
 	if k.hook == nil {
-		hook, err := bpf.Attach(peers)
-		if err != nil {
-			return err
+		attach := k.attach
+		if attach == nil {
+			attach = bpf.Attach
 		}
-		k.hook, k.lost, k.owed, k.subs = hook, 0, false, make(map[bpf.Device]*subscriber)
+		var hook *bpf.Hook
+		err := privilege.With(func() (err error) {
+			hook, err = attach(peers)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		k.hook, k.owed, k.subs = hook, false, make(map[bpf.Device]*subscriber)
+		k.looks = looks{newest: make(map[uint64]bpf.Event)}
 		k.reader.Go(func() { k.read(hook) })
 	}
 	// Before the kernel knows of the device, so that no event finds nobody.
 	k.subs[d] = s
 	if err := k.hook.Follow(d); err != nil {
-		delete(k.subs, d)
-		return err
+		_ = k.drop(d) // the reason for failing is the one to report
+		return nil, err
 	}
-	return nil
+	return k.hook.Fallback, nil
 }
 
 // unfollow is the reverse of follow. No call into the subscriber begins after it
@@ -75,70 +113,145 @@ func (k *Kernel) follow(d bpf.Device, peers int, s *subscriber) error {
 func (k *Kernel) unfollow(d bpf.Device) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.subs[d] == nil {
+		return nil // the hook has failed
+	}
+	return k.drop(d)
+}
+
+// drop forgets a subscriber, and the hook with the last. It is called with k.mu
+// held.
+func (k *Kernel) drop(d bpf.Device) error {
 	delete(k.subs, d)
-	if k.hook == nil {
-		return nil
+	if len(k.subs) == 0 {
+		return k.release().Close()
 	}
 	return k.hook.Unfollow(d)
 }
 
+// release lets go of the hook, which the caller closes. It is called with k.mu
+// held.
+func (k *Kernel) release() *bpf.Hook {
+	hook := k.hook
+	k.past = k.counts()
+	k.hook, k.subs, k.was = nil, nil, counts{}
+	k.releaseBarrier()
+	return hook
+}
+
+// fail tells everybody that the hook is gone. It is called with k.mu held.
+func (k *Kernel) fail(err error) {
+	for _, s := range k.subs {
+		s.broken(err)
+	}
+	_ = k.release().Close() // broken already
+}
+
+// idle is how long the hook is left alone that says nothing: it may have been
+// skipped.
+const idle = time.Second
+
 // read hands out events until the hook is closed.
 func (k *Kernel) read(hook *bpf.Hook) {
-	for {
+	for wake := time.Now().Add(idle); ; {
+		hook.SetDeadline(wake)
 		e, drained, err := hook.Read()
 		k.mu.Lock()
 		switch {
 		case errors.Is(err, bpf.ErrClosed), k.hook != hook: // by Close, or about to be
-			k.releaseBarrier()
 			k.mu.Unlock()
 			return
 		case errors.Is(err, bpf.ErrFlushed):
+			err = k.looks.flush(hook, k.deliver)
 			k.releaseBarrier()
-			err = nil
+			drained = true
+		case errors.Is(err, bpf.ErrDeadline):
+			drained, err = true, nil
 		case err == nil:
-			if s := k.subs[e.Device]; s != nil {
-				s.event(e)
+			if k.deliver(e) {
+				k.looks.event(e)
 			}
-			err = k.recover(hook, drained)
+		}
+		if err == nil {
+			wake, err = k.look(hook, drained)
 		}
 		if err != nil {
-			for _, s := range k.subs {
-				s.broken(err)
-			}
-			k.hook, k.subs = nil, nil
-			k.releaseBarrier()
+			k.fail(err)
 			k.mu.Unlock()
-			_ = hook.Close() // broken already
 			return
 		}
 		k.mu.Unlock()
 	}
 }
 
-// recover looks for events that found the ring buffer full. When that has been
-// drained, it delivers the newest of every peer instead.
-func (k *Kernel) recover(hook *bpf.Hook, drained bool) error {
+// deliver reports whether an event was news.
+func (k *Kernel) deliver(e bpf.Event) bool {
+	s := k.subs[e.Device]
+	return s != nil && s.event(e)
+}
+
+// look looks at what the ring buffer does not say: what did not fit, what was
+// held back, and what the hook has not seen. wake is when to look again.
+func (k *Kernel) look(hook *bpf.Hook, drained bool) (wake time.Time, err error) {
+	now := time.Now()
+	if err := k.count(hook, now); err != nil {
+		return now, err
+	}
+	boot, err := bootTime()
+	if err != nil {
+		return now, err
+	}
+	wake = now.Add(idle)
+	due, ok := k.looks.next()
+	if !ok {
+		return wake, nil
+	}
+	if rest := max(due-boot, k.looks.pace.rest(now)); rest > 0 {
+		return now.Add(min(rest, idle)), nil
+	}
+	// After what waits in the ring buffer, which is older; if there is no end to
+	// that, before it.
+	if !drained && boot-due < bpf.Window {
+		return wake, nil
+	}
+	err = k.looks.pass(boot, hook, k.deliver, func(last bpf.Event, at netip.AddrPort, ok bool) {
+		if s := k.subs[last.Device]; s != nil {
+			s.settled(last, at, ok)
+		}
+	})
+	k.owed = k.owed && k.looks.all
+	k.looks.pace.did(now, time.Now())
+	return now, err
+}
+
+// count reads the hook's counters, and tells when they have grown.
+func (k *Kernel) count(hook *bpf.Hook, now time.Time) error {
 	lost, err := hook.Lost()
 	if err != nil {
 		return err
 	}
-	if lost != k.lost {
-		for _, s := range k.subs {
-			s.lost(!k.owed)
-		}
-		k.lost, k.owed = lost, true
-	}
-	if !k.owed || !drained {
-		return nil
-	}
-	k.owed = false
-	latest, err := hook.Latest()
+	limited, err := hook.Limited()
 	if err != nil {
 		return err
 	}
-	for _, e := range latest {
-		if s := k.subs[e.Device]; s != nil {
-			s.event(e)
+	was := k.was
+	missed := was.missed
+	if now.After(k.check) { // it takes a few system calls
+		k.check = now.Add(idle)
+		if missed, err = hook.Missed(); err != nil {
+			return err
+		}
+	}
+	k.was = counts{lost: lost, limited: limited.Peer + limited.All, missed: missed}
+	if lost != was.lost {
+		for _, s := range k.subs {
+			s.lost(!k.owed)
+		}
+		k.owed, k.looks.all = true, true
+	}
+	if missed != was.missed {
+		for _, s := range k.subs {
+			s.missed()
 		}
 	}
 	return nil
@@ -186,19 +299,31 @@ func (k *Kernel) releaseBarrier() {
 func (k *Kernel) Lost() uint64 {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.lost
+	return k.counts().lost
+}
+
+// Limited returns how many events the kernel held back, because a peer, or all
+// together, changed too often.
+func (k *Kernel) Limited() uint64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.counts().limited
+}
+
+// counts is called with k.mu held.
+func (k *Kernel) counts() counts {
+	return counts{k.past.lost + k.was.lost, k.past.limited + k.was.limited, k.past.missed + k.was.missed}
 }
 
 // Close detaches the hook.
 func (k *Kernel) Close() error {
 	k.mu.Lock()
-	hook := k.hook
-	k.hook, k.subs, k.closed = nil, nil, true
-	k.mu.Unlock()
 	var err error
-	if hook != nil {
-		err = hook.Close()
+	if k.hook != nil {
+		err = k.release().Close()
 	}
+	k.closed = true
+	k.mu.Unlock()
 	k.reader.Wait()
 	return err
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -25,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/bpf"
 	"github.com/wgroam/wgroam/internal/lab"
 	"github.com/wgroam/wgroam/internal/wg"
 )
@@ -93,9 +95,16 @@ func newLab(t testing.TB, cfg lab.Config) *lab.Lab {
 	return l
 }
 
-// shared is the hook of most tests: to attach one takes seconds in an emulated
-// machine.
-var shared = &Kernel{}
+// shared are the hooks of most tests, by rung: to attach one takes seconds in an
+// emulated machine.
+var shared = map[Rung]*Kernel{
+	RungFentry: {},
+	RungKprobe: {attach: bpf.AttachKprobe},
+}
+
+// nobody follows a device that does not exist, so that a hook stays attached
+// between tests.
+var nobody = subscriber{missed: func() {}, lost: func(bool) {}, broken: func(error) {}}
 
 // polled is a Kernel that leaves a tracker no better source than polling.
 func polled(t testing.TB) *Kernel {
@@ -107,11 +116,43 @@ func polled(t testing.TB) *Kernel {
 	return k
 }
 
-// eachRung runs a test with the hook, where the kernel can carry it, and with
+// ports are what those Kernels leave a tracker that cannot attach, for a test.
+var ports = make(map[*Kernel]*Port)
+
+// ported is a Kernel that leaves a tracker no better source than the UDP port.
+func ported(t testing.TB) *Kernel {
+	t.Helper()
+	k := polled(t)
+	ports[k] = &Port{}
+	t.Cleanup(func() {
+		if err := ports[k].Close(); err != nil {
+			t.Error(err)
+		}
+		delete(ports, k)
+	})
+	return k
+}
+
+// eachRung runs a test with the hook, as eachHook does, at the UDP port, and with
 // polling.
 func eachRung(t *testing.T, f func(*testing.T, *Kernel)) {
-	t.Run("fentry", func(t *testing.T) { needKernel(t); f(t, shared) })
+	eachHook(t, f)
+	t.Run("port", func(t *testing.T) { needRoot(t); f(t, ported(t)) })
 	t.Run("polling", func(t *testing.T) { needRoot(t); f(t, polled(t)) })
+}
+
+// eachHook runs a test with the hook in each way to attach it, where the kernel
+// can carry it.
+func eachHook(t *testing.T, f func(*testing.T, *Kernel)) {
+	for _, rung := range []Rung{RungFentry, RungKprobe} {
+		t.Run(string(rung), func(t *testing.T) {
+			needKernel(t)
+			if _, err := shared[rung].follow(bpf.Device{Ifindex: 1 << 30}, 1, &nobody); err != nil {
+				t.Fatal(err)
+			}
+			f(t, shared[rung])
+		})
+	}
 }
 
 // live is a tracker of a gateway's device.
@@ -140,9 +181,20 @@ func start(t testing.TB, gw *lab.Gateway, kernel *Kernel) *live {
 
 func startWith(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration) *live {
 	t.Helper()
+	return startAt(t, gw, kernel, sweep, false)
+}
+
+// startAt starts a tracker. On the rung port, young makes it think that there may
+// be sessions which are older.
+func startAt(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration, young bool) *live {
+	t.Helper()
+	port := ports[kernel]
+	if port == nil {
+		port = &Port{closed: true}
+	}
 	v := &live{t: t, gw: gw, view: wgroam.NewView(), done: make(chan error, 1)}
 	cfg := Config{
-		Device: gw.Device(), Kernel: kernel, View: v.view,
+		Device: gw.Device(), Kernel: kernel, Port: port, View: v.view,
 		Changed: func(o wgroam.Observation) {
 			v.mu.Lock()
 			v.changed = append(v.changed, o)
@@ -168,23 +220,36 @@ func startWith(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duratio
 		if cfg.Netns, err = wg.Netns(); err != nil {
 			return err
 		}
+		if cfg.Space, err = wg.OpenSpace(gw.NetNS()); err != nil {
+			return err
+		}
 		cfg.WG, err = wg.Open()
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cfg.WG.Close() })
+	t.Cleanup(func() { cfg.WG.Close(); cfg.Space.Close() })
 	v.Tracker = New(cfg)
 	if err := v.Start(); err != nil {
 		t.Fatal(err)
 	}
 	want := RungFentry
-	if kernel.closed {
+	if kernel.attach != nil {
+		want = RungKprobe
+	}
+	switch {
+	case ports[kernel] != nil:
+		want = RungPort
+	case kernel.closed:
 		want = RungPolling
 	}
 	if s := v.Status(); s.Rung != want || (s.Reason == "") != (want == RungFentry) {
 		t.Fatalf("status %+v, want rung %s", s, want)
+	}
+	if !young {
+		// As if all sessions had begun since: nothing is polled any more.
+		v.since = time.Now().Add(-rejectAfter)
 	}
 	var ctx context.Context
 	ctx, v.cancel = context.WithCancel(context.Background())
@@ -436,12 +501,13 @@ func TestLiveApplier(t *testing.T) {
 
 // TestLiveSweeps: a dump every few milliseconds, while peers roam. None reports
 // what is over, and none has anything to repair.
-func TestLiveSweeps(t *testing.T) {
-	needKernel(t)
+func TestLiveSweeps(t *testing.T) { eachHook(t, liveSweeps) }
+
+func liveSweeps(t *testing.T, kernel *Kernel) {
 	const clients, roams = 5, 9
 	l := newLab(t, lab.Config{Clients: clients})
 	gw := l.Gateways[0]
-	v := startWith(t, gw, shared, 5*time.Millisecond)
+	v := startWith(t, gw, kernel, 5*time.Millisecond)
 	eps := make([][]netip.AddrPort, clients)
 	var wg sync.WaitGroup
 	for i, c := range l.Clients {
@@ -508,12 +574,13 @@ func twins(t *testing.T, l *lab.Lab) (a, b *lab.Client) {
 // TestLiveRaces: a peer speaks from two places at once, as fast as it can, while
 // its endpoint is configured, and handshakes go on as well. When that is over,
 // the view has what the kernel has, without a sweep.
-func TestLiveRaces(t *testing.T) {
-	needKernel(t)
+func TestLiveRaces(t *testing.T) { eachHook(t, liveRaces) }
+
+func liveRaces(t *testing.T, kernel *Kernel) {
 	l := newLab(t, lab.Config{Clients: 2})
 	gw := l.Gateways[0]
 	a, b := twins(t, l)
-	v := start(t, gw, shared)
+	v := start(t, gw, kernel)
 	reach(t, a)
 	conns := make(map[*lab.Client]net.Conn)
 	for _, c := range []*lab.Client{a, b} {
@@ -617,24 +684,36 @@ func storm(c *wg.Client, device string, keys []wgroam.Key, round int) error {
 // ring buffer holds.
 func (v *live) lose(keys []wgroam.Key) {
 	v.t.Helper()
-	before := v.cfg.Kernel.Lost()
-	v.slow.Store(int64(patience))
-	for round := 0; round*len(keys) < 10_000; round++ {
+	hook := v.cfg.Kernel.hook
+	lost := func() uint64 {
+		n, err := hook.Lost()
+		if err != nil {
+			v.t.Fatal(err)
+		}
+		return n
+	}
+	before, noticed, round := lost(), v.cfg.Kernel.Lost(), 0
+	v.slow.Store(int64(patience)) // and the Kernel is locked all the while
+	defer v.slow.Store(0)
+	await(v.t, "the ring buffer is full", func() bool {
+		round++
 		if err := storm(v.cfg.WG, v.gw.Device(), keys, round); err != nil {
 			v.t.Fatal(err)
 		}
-	}
+		return lost() > before
+	})
 	v.slow.Store(0)
-	await(v.t, "the loss is noticed", func() bool { return v.cfg.Kernel.Lost() > before })
+	await(v.t, "the loss is noticed", func() bool { return v.cfg.Kernel.Lost() > noticed })
 }
 
 // TestLiveLost: more changes than the ring buffer holds. The view is right all
 // the same, without a sweep.
-func TestLiveLost(t *testing.T) {
-	needKernel(t)
+func TestLiveLost(t *testing.T) { eachHook(t, liveLost) }
+
+func liveLost(t *testing.T, kernel *Kernel) {
 	l := newLab(t, lab.Config{})
-	v := start(t, l.Gateways[0], shared)
-	keys := v.manyPeers(64)
+	v := start(t, l.Gateways[0], kernel)
+	keys := v.manyPeers(256)
 	v.lose(keys)
 	v.awaitAgreement()
 	await(t, "a dump", func() bool { return v.Status().Resyncs > 0 })
@@ -655,12 +734,13 @@ func TestLiveLost(t *testing.T) {
 // TestLiveFlood: events come faster than they can be taken, all the time. Another
 // peer's roam that gets lost in them is noticed meanwhile, and the tracker can be
 // stopped.
-func TestLiveFlood(t *testing.T) {
-	needKernel(t)
+func TestLiveFlood(t *testing.T) { eachHook(t, liveFlood) }
+
+func liveFlood(t *testing.T, kernel *Kernel) {
 	l := newLab(t, lab.Config{})
 	gw, c := l.Gateways[0], l.Clients[0]
-	v := start(t, gw, shared)
-	keys := v.manyPeers(32)
+	v := start(t, gw, kernel)
+	keys := v.manyPeers(128)
 	var writer *wg.Client
 	err := gw.Do(func() (err error) {
 		writer, err = wg.Open()
@@ -670,7 +750,7 @@ func TestLiveFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer writer.Close()
-	v.slow.Store(int64(time.Millisecond)) // the tracker alone is as fast as a storm, without race detection
+	v.slow.Store(int64(2 * time.Millisecond))
 	stop := make(chan struct{})
 	var flood sync.WaitGroup
 	flood.Go(func() {
@@ -688,8 +768,8 @@ func TestLiveFlood(t *testing.T) {
 	})
 	defer flood.Wait()
 	defer close(stop)
-	before := shared.Lost()
-	await(t, "the ring buffer is full", func() bool { return shared.Lost() > before })
+	before := kernel.Lost()
+	await(t, "the ring buffer is full", func() bool { return kernel.Lost() > before })
 	for range 3 {
 		if _, err := c.RoamPort(); err != nil {
 			t.Fatal(err)
@@ -699,6 +779,88 @@ func TestLiveFlood(t *testing.T) {
 	}
 	if took := v.stop(); took > time.Second {
 		t.Errorf("took %v to stop", took)
+	}
+}
+
+// TestLiveHostile: a peer speaks from two places by turns, as fast as it can. It
+// gets a bounded number of events, and none of its own making is a reason to
+// read the device; where it is at the end is known.
+func TestLiveHostile(t *testing.T) { eachHook(t, liveHostile) }
+
+func liveHostile(t *testing.T, kernel *Kernel) {
+	l := newLab(t, lab.Config{Clients: 2})
+	a, b := twins(t, l)
+	v := start(t, l.Gateways[0], kernel)
+	var conns []net.Conn
+	for _, c := range []*lab.Client{a, b} {
+		// A session for each: the gateway keeps one more than the newest.
+		if err := errors.Join(c.Forget(), c.Send(1)); err != nil {
+			t.Fatal(err)
+		}
+		v.awaitAt(a, c.Endpoint())
+		conn, err := c.Dial(t.Context(), "udp4", lab.DiscardPort)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	before, limited, began := v.Status(), kernel.Limited(), time.Now()
+	packets := 0
+	await(t, "the limit is felt", func() bool {
+		// In pairs, which the kernel takes together.
+		for range 200 {
+			for _, conn := range conns {
+				_, _ = conn.Write([]byte("x")) // it may get lost like any other
+				packets++
+			}
+		}
+		return kernel.Limited() > limited+500
+	})
+	took := time.Since(began)
+	v.awaitAgreement()
+	s := v.Status()
+	events, dumps := s.Events-before.Events, s.Resyncs-before.Resyncs
+	t.Logf("%d packets in %v: %d events, %d held back, %d dumps", packets, took, events, kernel.Limited()-limited, dumps)
+	// The limit, and a look, in each window.
+	if most := 9 * uint64(2+took/bpf.Window); events > most {
+		t.Errorf("%d events in %v, want %d at most", events, took, most)
+	}
+	if most := 1 + uint64(took/resyncDelay); dumps > most || s.SweepRepairs != 0 {
+		t.Errorf("%d dumps in %v, want %d at most; status %+v", dumps, took, most, s)
+	}
+}
+
+// TestLiveTrailingEdge: a storm ends with an event that is held back. The view is
+// right soon, without reading the device.
+func TestLiveTrailingEdge(t *testing.T) { eachHook(t, liveTrailingEdge) }
+
+func liveTrailingEdge(t *testing.T, kernel *Kernel) {
+	l := newLab(t, lab.Config{})
+	v := start(t, l.Gateways[0], kernel)
+	hook := kernel.hook
+	for _, peers := range []int{1, 60} {
+		keys := v.manyPeers(peers)
+		before, resyncs, round := bpf.Limited{}, v.Status().Resyncs, 0
+		await(t, "the end is held back", func() bool {
+			now, err := hook.Limited()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if round > 0 && now.Peer >= before.Peer+uint64(peers) {
+				return true
+			}
+			round++
+			before = now
+			if err := storm(v.cfg.WG, v.gw.Device(), keys, round); err != nil {
+				t.Fatal(err)
+			}
+			return false
+		})
+		v.awaitAgreement()
+		if s := v.Status(); s.Resyncs != resyncs || s.SweepRepairs != 0 {
+			t.Errorf("%d peers: status %+v", peers, s)
+		}
 	}
 }
 
@@ -742,11 +904,12 @@ func TestLiveDeleted(t *testing.T) {
 }
 
 // TestLiveTwo: two devices share a hook, and neither hears of the other's peers.
-func TestLiveTwo(t *testing.T) {
-	needKernel(t)
+func TestLiveTwo(t *testing.T) { eachHook(t, liveTwo) }
+
+func liveTwo(t *testing.T, kernel *Kernel) {
 	l := newLab(t, lab.Config{})
 	a, h, c := l.Gateways[0], l.Gateways[1], l.Clients[0]
-	va, vh := start(t, a, shared), start(t, h, shared)
+	va, vh := start(t, a, kernel), start(t, h, kernel)
 	check := func(v *live, n int, ep netip.AddrPort) {
 		t.Helper()
 		await(t, fmt.Sprintf("%d changes on %s", n, v.gw.Name), func() bool { changed, _ := v.said(); return len(changed) >= n })
@@ -769,18 +932,85 @@ func TestLiveTwo(t *testing.T) {
 	check(vh, 1, at(2))
 
 	// The next tracker of the same device.
-	again := start(t, h, shared)
+	again := start(t, h, kernel)
 	again.configure(c.Key(), at(7))
 	check(again, 1, at(7))
 	check(va, 4, at(6))
 }
 
+// TestLiveModule: the module goes when no device is followed any more, or with
+// kprobes under the device. With the module loaded again the hook is attached
+// anew, also for somebody who comes before the last one has noticed.
+func TestLiveModule(t *testing.T) {
+	modprobe := func(args ...string) error { return exec.Command("modprobe", append(args, "wireguard")...).Run() }
+	t.Cleanup(func() {
+		if err := modprobe(); err != nil {
+			t.Errorf("modprobe: %v", err)
+		}
+	})
+	eachHook(t, func(t *testing.T, shared *Kernel) {
+		for rung, k := range detached() {
+			if err := k.Close(); err != nil {
+				t.Errorf("%s: %v", rung, err)
+			}
+		}
+		kernel := &Kernel{attach: shared.attach}
+		defer kernel.Close()
+		roams := func() *live {
+			t.Helper()
+			l := newLab(t, lab.Config{})
+			v := start(t, l.Gateways[0], kernel)
+			reach(t, l.Clients[0])
+			v.awaitAt(l.Clients[0], l.Clients[0].Endpoint())
+			return v
+		}
+		old := roams()
+		if kernel.attach == nil {
+			if modprobe("-r") == nil {
+				t.Fatal("the module could be removed under the hook")
+			}
+			old.stop()
+		}
+		// The kernel lets go of programs in the background.
+		await(t, "the module is gone", func() bool { return modprobe("-r") == nil })
+		if err := modprobe(); err != nil {
+			t.Fatalf("modprobe: %v", err)
+		}
+		was := kernel.hook
+		v := roams()
+		if kernel.hook == was {
+			t.Error("the hook is the one of the module that is gone")
+		}
+		if kernel.attach != nil {
+			await(t, "who followed the old device knows", func() bool { return old.Status().Rung == RungPolling })
+			old.wantDump()
+			if err := old.ended(); !errors.Is(err, wg.ErrNoDevice) {
+				t.Errorf("Run: %v, want %v", err, wg.ErrNoDevice)
+			}
+		}
+		v.stop()
+		if kernel.hook != nil {
+			t.Error("the hook is still there, and nobody follows a device")
+		}
+	})
+}
+
+// detached takes the shared hooks away, for a test that wants the kernel without.
+func detached() map[Rung]*Kernel {
+	was := maps.Clone(shared)
+	for rung, k := range was {
+		shared[rung] = &Kernel{attach: k.attach}
+	}
+	return was
+}
+
 // TestLiveKernelClosed: the hook goes in the middle of it all.
-func TestLiveKernelClosed(t *testing.T) {
-	needKernel(t)
+func TestLiveKernelClosed(t *testing.T) { eachHook(t, liveKernelClosed) }
+
+func liveKernelClosed(t *testing.T, kernel *Kernel) {
 	l := newLab(t, lab.Config{})
 	gw := l.Gateways[0]
-	v := startWith(t, gw, shared, 5*time.Millisecond)
+	v := startWith(t, gw, kernel, 5*time.Millisecond)
 	keys := v.manyPeers(32)
 	var writer *wg.Client
 	err := gw.Do(func() (err error) {
@@ -807,7 +1037,7 @@ func TestLiveKernelClosed(t *testing.T) {
 		}
 	})
 	await(t, "the storm is on", func() bool { changed, _ := v.said(); return len(changed) > 100 })
-	if err := shared.Close(); err != nil {
+	if err := kernel.Close(); err != nil {
 		t.Error(err)
 	}
 	close(stop)
@@ -815,10 +1045,14 @@ func TestLiveKernelClosed(t *testing.T) {
 	if took := v.stop(); took > time.Second {
 		t.Errorf("took %v to stop", took)
 	}
-	if err := shared.Close(); err != nil {
+	if err := kernel.Close(); err != nil {
 		t.Errorf("Close once more: %v", err)
 	}
-	shared = &Kernel{}
+	for rung, k := range shared {
+		if k == kernel {
+			shared[rung] = &Kernel{attach: k.attach}
+		}
+	}
 	if done, err := v.cfg.Kernel.barrier(t.Context()); !done || err != nil {
 		t.Errorf("barrier: %v, %v", done, err)
 	}

@@ -4,10 +4,10 @@
 // peers' endpoints, and how it came to know it.
 //
 // A Tracker uses the best source that works for its device, its rung of the
-// ladder: the kernel hook, or else polling. Both end in the same place, and a
-// dump of the device stands behind both: at the start, after events were lost,
-// after events that do not follow from each other, and every few minutes to
-// prove that nothing was missed.
+// ladder: the kernel hook, the UDP port, or else polling. All end in the same
+// place, and a dump of the device stands behind each: at the start, after events
+// were lost, after events that do not follow from each other, and every few
+// minutes to prove that nothing was missed.
 package tracker
 
 import (
@@ -24,23 +24,13 @@ import (
 	"github.com/wgroam/wgroam/internal/wg"
 )
 
-// Rung is a source of observations.
-type Rung string
-
-// The rungs, best first. kprobe and port have their place between these two.
-const (
-	RungFentry  Rung = "fentry"
-	RungPolling Rung = "polling"
-	RungNone    Rung = "none"
-)
-
 // ErrRekeyed is returned by Run when the device's key pair has changed, and
 // with it the group that the device belongs to.
 var ErrRekeyed = errors.New("device has a new private key")
 
 // resyncDelay is how long after a suspicious event the device is dumped. It
-// lets the rest of a burst arrive, and bounds the dumps that a hostile peer
-// can cause to one per delay.
+// lets the rest of a burst arrive. What a hostile peer can cause is bounded
+// further by pace: a dump of many peers takes its time.
 const resyncDelay = 200 * time.Millisecond
 
 // settle is how long a change may take from where it is announced, by the hook
@@ -55,8 +45,12 @@ type Config struct {
 	Device  string
 	Ifindex int
 	// Netns is the inode of the device's network namespace.
-	Netns  uint32
+	Netns uint32
+	// Space is that namespace, to look for the device's UDP socket in; nil for the
+	// process's.
+	Space  *wg.Space
 	Kernel *Kernel
+	Port   *Port
 	WG     *wg.Client
 	// View is kept equal to the device.
 	View *wgroam.View
@@ -84,7 +78,7 @@ type Status struct {
 	Reason string
 	// Events counts changes of endpoints.
 	Events uint64
-	// Resyncs counts dumps taken because events were lost or out of order, or
+	// Resyncs counts dumps that were asked for: at the UDP port mostly by hints, else because events were lost or out of order, or
 	// peers were missing in the one before.
 	Resyncs uint64
 	// SweepRepairs counts peers whose endpoint only the sweep got right. It
@@ -96,13 +90,22 @@ type Status struct {
 type Tracker struct {
 	cfg    Config
 	resync chan struct{} // a dump is wanted
-	broken chan error    // the hook died
+	broken chan error    // the rung broke
+	pace   pace          // of dumps; Start's and Run's
+	ladder ladder        // Start's and Run's
 
 	mu     sync.Mutex
 	status Status
 	key    wgroam.Key
 	peers  map[wgroam.Key]*peer
 	dumped time.Duration // CLOCK_BOOTTIME, when the newest dump began
+
+	// On the rung port.
+	since    time.Time // when we came there
+	sessions *sessions
+	unnamed  []bpf.UplinkEvent // handshakes of peers that are not known yet
+	hinted   time.Duration     // CLOCK_BOOTTIME of the newest hint that wants a dump
+	deaf     time.Duration     // CLOCK_BOOTTIME until which what has not been heard may yet have been said
 }
 
 // peer is what the tracker remembers of a peer, to put events and dumps into
@@ -111,12 +114,21 @@ type peer struct {
 	endpoint netip.AddrPort
 	boot     time.Duration // of the newest event
 	// pending is the newest observation while it is not proven; nil if it is.
-	pending  *wgroam.Observation
-	received int64 // bytes, in the newest dump
-	missing  bool  // in the newest dump
+	pending *wgroam.Observation
+	// confirmed is the newest end of a handshake, and where the peer was then. The
+	// event of its beginning can come later, when it was held back.
+	confirmed   time.Duration
+	confirmedAt netip.AddrPort
+	received    int64 // bytes, in the newest dump
+	missing     bool  // in the newest dump
 	// With polling: an endpoint that the newest dump showed for the first time,
 	// without a byte received that could have brought it.
 	unexplained netip.AddrPort
+
+	// On the rung port.
+	mac1  mac1 // made when it is needed
+	hints hints
+	heard bool // there was a hint of the newest session
 }
 
 // New returns a Tracker. Nothing happens before Start.
@@ -125,6 +137,7 @@ func New(cfg Config) *Tracker {
 		cfg:    cfg,
 		resync: make(chan struct{}, 1),
 		broken: make(chan error, 1),
+		pace:   pace{least: resyncDelay},
 		status: Status{Rung: RungNone},
 		peers:  make(map[wgroam.Key]*peer),
 	}
@@ -146,15 +159,10 @@ func (t *Tracker) Start() error {
 	if err != nil {
 		return err
 	}
-	rung, reason := RungFentry, ""
-	if !d.Kernel {
-		rung, reason = RungPolling, "the device is a user space implementation, which the kernel hook cannot see"
-	} else if err := t.cfg.Kernel.follow(t.id(), len(d.Peers), &subscriber{t.event, t.lost, t.hookBroken}); err != nil {
-		rung, reason = RungPolling, err.Error()
-	}
-	t.choose(rung, reason)
+	t.ladder.saw(d)
+	t.climb()
 	if err := t.dump(context.Background(), dumpStart); err != nil {
-		_ = t.cfg.Kernel.unfollow(t.id()) // the reason for failing is the one to report
+		_ = t.leave() // the reason for failing is the one to report
 		return err
 	}
 	return nil
@@ -164,62 +172,70 @@ func (t *Tracker) id() bpf.Device {
 	return bpf.Device{Ifindex: uint32(t.cfg.Ifindex), Netns: t.cfg.Netns}
 }
 
-func (t *Tracker) choose(rung Rung, reason string) {
-	t.mu.Lock()
-	t.status.Rung, t.status.Reason = rung, reason
-	t.mu.Unlock()
-	if reason == "" {
-		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung)
-	} else {
-		t.cfg.Log.Warn("following endpoint changes by polling: slower, and causes are guesses",
-			"device", t.cfg.Device, "every", t.cfg.Poll, "reason", reason)
-	}
-}
-
 // Run follows the device until ctx ends, when it returns nil, or until the device
 // is gone or has another key: the error then wraps wg.ErrNoDevice or is
 // ErrRekeyed.
 func (t *Tracker) Run(ctx context.Context) (err error) {
-	defer func() { err = errors.Join(err, t.cfg.Kernel.unfollow(t.id())) }()
+	defer func() { err = errors.Join(err, t.leave()) }()
 
-	tick := time.NewTicker(t.interval())
+	every := t.interval()
+	tick := time.NewTicker(every)
 	defer tick.Stop()
+	climb := time.NewTicker(t.cfg.Sweep)
+	defer climb.Stop()
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	var due <-chan time.Time // the dump that is wanted; nil when none is
 	for {
-		why := dumpSweep
+		resync := t.resync
+		if due != nil {
+			resync = nil
+		}
+		var err error
 		select {
 		case <-ctx.Done():
 			return nil
-		case err := <-t.broken:
-			t.choose(RungPolling, err.Error())
-			tick.Reset(t.interval())
+		case broken := <-t.broken:
+			t.fall(broken)
+			err = t.dump(ctx, dumpResync)
 		case <-tick.C:
-		case <-t.resync:
-			why = dumpResync
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(resyncDelay):
+			why := dumpSweep
+			if due != nil {
+				why = dumpResync // the one that is wanted would have found it, too
 			}
+			err = t.dump(ctx, why)
+		case <-climb.C:
+			if t.climb() {
+				err = t.dump(ctx, dumpResync)
+			}
+		case <-look.C:
+			err = t.look(ctx)
+		case <-resync:
+			due = time.After(max(t.patience(), t.pace.rest(time.Now())))
+		case <-due:
+			due = nil
+			err = t.dump(ctx, dumpResync)
 		}
-		switch err := t.dump(ctx, why); {
+		switch {
 		case errors.Is(err, wg.ErrNoDevice), errors.Is(err, ErrRekeyed):
 			return err
 		case err != nil:
-			// The next dump may succeed; the hook goes on meanwhile.
+			// The next dump may succeed; the rung goes on meanwhile.
 			t.cfg.Log.Error("cannot read device", "device", t.cfg.Device, "err", err)
+		}
+		if now := t.interval(); now != every {
+			every = now
+			tick.Reset(every)
 		}
 	}
 }
 
-func (t *Tracker) interval() time.Duration {
-	if t.Status().Rung == RungPolling {
-		return t.cfg.Poll
-	}
-	return t.cfg.Sweep
-}
-
-// event takes an event of the kernel hook.
-func (t *Tracker) event(e bpf.Event) {
+// event takes an event of the kernel hook, and reports whether it was the newest
+// of its peer. Events may be missing before it, which were held back, and two
+// packets of a peer on two CPUs can be told in the wrong order, or one of them not
+// at all: the program runs before the kernel takes the peer's lock. So it is
+// believed for now, and settled tells where the kernel went.
+func (t *Tracker) event(e bpf.Event) (news bool) {
 	now := time.Now()
 	boot, err := bootTime()
 	if err != nil {
@@ -230,42 +246,38 @@ func (t *Tracker) event(e bpf.Event) {
 	if e.Boot < t.dumped-settle {
 		// Out of the map, where those that are gone are never deleted, or so late
 		// that a dump has overtaken it.
-		return
+		return false
 	}
 	p := t.peers[e.Peer]
 	if e.Confirmed {
-		if p != nil && p.pending != nil && p.pending.New == e.New {
+		switch {
+		case p == nil:
+			// Added, and held back all the time since.
+			t.wantDump()
+		case p.pending != nil && p.pending.New == e.New:
 			t.prove(p)
+		default:
+			p.confirmed, p.confirmedAt = e.Boot, e.New
 		}
-		return
+		return false
 	}
 	if p == nil {
 		p = &peer{endpoint: e.Old}
 		t.peers[e.Peer] = p
 	}
-	if e.Boot == p.boot && e.New == p.endpoint {
-		return // the same event, out of the map
-	}
 	if e.Boot <= p.boot {
-		// Recovered from the map already, or two CPUs put theirs into the ring
-		// in the other order. Which one the kernel kept, only the kernel knows.
-		t.wantDump()
-		return
+		// Known from the map already, or two CPUs put theirs into the ring in the
+		// other order.
+		return false
 	}
 	p.boot = e.Boot
-	if e.Old != p.endpoint {
-		// Two packets raced through the hook on two CPUs, or an event was
-		// missed: the program runs before the kernel takes the peer's lock, and
-		// is skipped while it is running on the same CPU.
-		t.wantDump()
-	}
 	if e.New == p.endpoint {
 		// The other one of two packets that brought the same news. It proves
 		// them if it cannot be a replay.
 		if p.pending != nil && e.Cause.Observed() && e.Cause != wgroam.CauseInitiation {
 			t.prove(p)
 		}
-		return
+		return true
 	}
 	old := p.endpoint
 	p.endpoint = e.New
@@ -274,6 +286,20 @@ func (t *Tracker) event(e bpf.Event) {
 		Peer: e.Peer, Old: old, New: e.New, Cause: e.Cause,
 		At: now.Add(e.Boot - boot),
 	})
+	if p.pending != nil && p.confirmedAt == e.New && p.confirmed > e.Boot {
+		t.prove(p)
+	}
+	return true
+}
+
+// settled notes where the device has a peer that has stood still for a while
+// since its last event.
+func (t *Tracker) settled(last bpf.Event, at netip.AddrPort, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.peers[last.Peer]; !ok || p == nil || p.endpoint != at {
+		t.wantDump()
+	}
 }
 
 // lost notes that events are missing, for the first time since the newest of
@@ -288,7 +314,8 @@ func (t *Tracker) lost(first bool) {
 		"taking the newest of each peer", "device", t.cfg.Device)
 }
 
-func (t *Tracker) hookBroken(err error) {
+// breaks notes that the rung does not work any more.
+func (t *Tracker) breaks(err error) {
 	select {
 	case t.broken <- err:
 	default:
@@ -332,23 +359,30 @@ const (
 
 // dump reads the device, and all events from before that.
 func (t *Tracker) dump(ctx context.Context, why dumpReason) error {
+	suppressed, err := t.suppressed()
+	if err != nil {
+		return err
+	}
 	start, err := bootTime()
 	if err != nil {
 		return err
 	}
 	now := time.Now()
 	d, err := t.cfg.WG.Device(t.cfg.Device)
+	t.pace.did(now, time.Now())
 	if err != nil {
 		return err
 	}
 	// An event from before the dump that still waits would look like a miss.
-	done, err := t.cfg.Kernel.barrier(ctx)
+	done, err := t.barrier(ctx)
 	if err != nil {
 		return err
 	}
 	if !done && why == dumpSweep {
 		why = dumpResync
 	}
+	t.ladder.saw(d)
+	t.hush(suppressed)
 	return t.take(d, why, start, now)
 }
 
@@ -366,6 +400,12 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		t.status.Resyncs++
 	}
 	t.dumped = max(t.dumped, start)
+	onPort := t.status.Rung == RungPort
+	// The View is the first to know of the applier's writes.
+	unhooked := onPort || t.status.Rung == RungPolling
+	young := onPort && t.young()
+	// later: what the next dump will know.
+	later := onPort && t.hinted > start-late
 	present := make(map[wgroam.Key]bool, len(d.Peers))
 	for _, dp := range d.Peers {
 		present[dp.Key] = true
@@ -379,7 +419,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			// The confirmation was lost.
 			t.prove(p)
 		}
-		if known && p.boot >= start-settle {
+		if known && (p.boot >= start || !onPort && p.boot >= start-settle) {
 			// An event came while the device was being read, or so shortly
 			// before that the kernel may not have acted on it: it is newer.
 			p.received = dp.Received
@@ -406,16 +446,17 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			p.endpoint = dp.Endpoint
 			continue
 		}
-		if seen && (!moved || t.status.Rung == RungPolling) && held.Cause == wgroam.CauseConfig && now.Sub(held.At) < settle {
+		if seen && (!moved || unhooked) && held.Cause == wgroam.CauseConfig && now.Sub(held.At) < settle {
 			// The applier has announced a write, maybe since the dump. The next
 			// dump knows, and what the peer has said may explain it.
+			later = true
 			if moved {
 				p.received = received
 			}
 			continue
 		}
 		if seen && !moved {
-			if spoke && t.status.Rung == RungPolling && !dp.LastHandshake.IsZero() {
+			if spoke && unhooked && !dp.LastHandshake.IsZero() {
 				// The write has happened, and the peer has spoken from its old
 				// place since.
 				t.status.Events++
@@ -428,10 +469,16 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig, At: now})
 			continue
 		}
-		if t.status.Rung == RungPolling && why != dumpStart && !spoke && p.unexplained != dp.Endpoint {
+		at := now
+		if onPort && known {
+			var since time.Duration
+			spoke, since = t.explained(p, dp.Endpoint, spoke, start)
+			at = now.Add(since - start)
+		}
+		if unhooked && why != dumpStart && !spoke && p.unexplained != dp.Endpoint {
 			// WireGuard takes the endpoint of a packet before it counts its bytes
 			// (receive.c, wg_packet_consume_data_done). The next dump knows.
-			p.unexplained = dp.Endpoint
+			p.unexplained, later = dp.Endpoint, true
 			continue
 		}
 		o := wgroam.Observation{Peer: dp.Key, Old: p.endpoint, New: dp.Endpoint}
@@ -448,7 +495,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		case spoke:
 			// Its packets arrived since the last dump, and the endpoint is
 			// another: they brought it.
-			o.Cause, o.At = wgroam.CauseData, now
+			o.Cause, o.At = wgroam.CauseData, at
 		default:
 			o.Cause, o.At = wgroam.CauseConfig, now
 		}
@@ -460,7 +507,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		if known {
 			t.status.Events++
 			// A dump that is wanted would have found it, too.
-			if why == dumpSweep && t.status.Rung != RungPolling && len(t.resync) == 0 {
+			if why == dumpSweep && (!unhooked || onPort && !young && o.Cause.Observed()) && len(t.resync) == 0 {
 				t.status.SweepRepairs++
 			}
 		}
@@ -480,7 +527,16 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			t.wantDump()
 		default:
 			delete(t.peers, k)
+			if onPort {
+				t.sessions.forget(k)
+			}
 		}
+	}
+	if onPort {
+		t.nameAgain()
+	}
+	if onPort && later {
+		t.wantDump()
 	}
 	t.cfg.View.Keep(func(k wgroam.Key) bool { return t.peers[k] != nil })
 	return nil

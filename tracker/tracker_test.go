@@ -29,9 +29,11 @@ type closing struct{ m *testing.M }
 
 func (c closing) Run() int {
 	status := c.m.Run()
-	if err := shared.Close(); err != nil {
-		fmt.Fprintln(os.Stderr, "close the hook:", err)
-		status = 1
+	for _, kernel := range shared {
+		if err := kernel.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "close the hook:", err)
+			status = 1
+		}
 	}
 	return status
 }
@@ -53,14 +55,14 @@ func at(n int) netip.AddrPort {
 // Times are milliseconds after its start.
 type fed struct {
 	*Tracker
-	t       *testing.T
+	t       testing.TB
 	boot    time.Duration
 	wall    time.Time
 	changed []wgroam.Observation
 	proven  []wgroam.Observation
 }
 
-func newFed(t *testing.T, rung Rung) *fed {
+func newFed(t testing.TB, rung Rung) *fed {
 	t.Helper()
 	boot, err := bootTime()
 	if err != nil {
@@ -68,11 +70,12 @@ func newFed(t *testing.T, rung Rung) *fed {
 	}
 	f := &fed{t: t, boot: boot, wall: time.Now()}
 	f.Tracker = New(Config{
-		Device: "wg0", Kernel: &Kernel{}, View: wgroam.NewView(), Log: quiet(),
+		Device: "wg0", Kernel: &Kernel{}, Port: &Port{}, View: wgroam.NewView(), Log: quiet(),
 		Changed: func(o wgroam.Observation) { f.changed = append(f.changed, o) },
 		Proven:  func(o wgroam.Observation) { f.proven = append(f.proven, o) },
 	})
 	f.status.Rung = rung
+	f.sessions = newSessions()
 	return f
 }
 
@@ -176,7 +179,6 @@ func TestDisorder(t *testing.T) {
 		feed func(*fed)
 		want []said // after the first
 		ep   netip.AddrPort
-		dump bool
 	}{
 		"the same again": {
 			feed: func(f *fed) { f.hooked(10, alice, none, at(1), wgroam.CauseData) },
@@ -184,16 +186,16 @@ func TestDisorder(t *testing.T) {
 		},
 		"an older one": {
 			feed: func(f *fed) { f.hooked(5, alice, none, at(7), wgroam.CauseData) },
-			ep:   at(1), dump: true,
+			ep:   at(1),
 		},
 		"another one of the same time": {
 			feed: func(f *fed) { f.hooked(10, alice, none, at(7), wgroam.CauseData) },
-			ep:   at(1), dump: true,
+			ep:   at(1),
 		},
 		"one does not follow": {
 			feed: func(f *fed) { f.hooked(20, alice, at(5), at(6), wgroam.CauseData) },
 			want: []said{{alice, at(1), at(6), wgroam.CauseData}},
-			ep:   at(6), dump: true,
+			ep:   at(6),
 		},
 		"two packets from the same new place": {
 			feed: func(f *fed) {
@@ -201,7 +203,7 @@ func TestDisorder(t *testing.T) {
 				f.hooked(21, alice, at(1), at(2), wgroam.CauseData)
 			},
 			want: []said{{alice, at(1), at(2), wgroam.CauseData}},
-			ep:   at(2), dump: true,
+			ep:   at(2),
 		},
 		"there and back": {
 			feed: func(f *fed) {
@@ -225,8 +227,18 @@ func TestDisorder(t *testing.T) {
 			want := append([]said{first}, test.want...)
 			f.want(want, want)
 			f.holds(alice, test.ep, wgroam.CauseData)
-			if got := f.wantsDump(); got != test.dump {
-				t.Errorf("wants a dump: %v, want %v", got, test.dump)
+			if f.wantsDump() {
+				t.Error("wants a dump, and has yet to hear where the peer has settled")
+			}
+			for at, dump := range map[netip.AddrPort]bool{test.ep: false, at(99): true} {
+				f.settled(bpf.Event{Peer: alice}, at, true)
+				if got := f.wantsDump(); got != dump {
+					t.Errorf("settled at %v: wants a dump: %v, want %v", at, got, dump)
+				}
+			}
+			f.settled(bpf.Event{Peer: alice}, test.ep, false)
+			if !f.wantsDump() {
+				t.Error("settled who knows where: wants no dump")
 			}
 		})
 	}
@@ -296,6 +308,36 @@ func TestProof(t *testing.T) {
 			test.feed(f)
 			f.want(test.changed, test.proven)
 		})
+	}
+}
+
+// TestLateProof: the end of a handshake is told, and the beginning was held back.
+func TestLateProof(t *testing.T) {
+	moved := said{alice, at(1), at(2), wgroam.CauseInitiation}
+	for name, test := range map[string]struct {
+		ms     int // of the end
+		at     netip.AddrPort
+		proven []said
+	}{
+		"its end":          {20, at(2), []said{moved}},
+		"one before":       {9, at(2), nil},
+		"one at elsewhere": {20, at(3), nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFed(t, RungFentry)
+			f.dumped(0, dumpStart, wg.Peer{Key: alice, Endpoint: at(1)})
+			f.confirmed(test.ms, alice, test.at)
+			f.hooked(10, alice, at(1), at(2), wgroam.CauseInitiation)
+			f.want([]said{moved}, test.proven)
+			if f.wantsDump() {
+				t.Error("wants a dump")
+			}
+		})
+	}
+	f := newFed(t, RungFentry)
+	f.confirmed(10, bob, at(1))
+	if !f.wantsDump() {
+		t.Error("a peer that nothing was heard of is no reason for a dump")
 	}
 }
 
@@ -370,7 +412,8 @@ func TestDump(t *testing.T) {
 		},
 		"an event is missing, and the sweep comes before the dump that is wanted": {
 			feed: func(f *fed) {
-				f.hooked(500, alice, at(7), at(3), wgroam.CauseData)
+				f.hooked(500, alice, at(1), at(3), wgroam.CauseData)
+				f.settled(bpf.Event{Peer: alice}, at(2), true)
 				f.dumped(1000, dumpSweep, wg.Peer{Key: alice, Endpoint: at(2), LastHandshake: f.wall, Received: 7})
 			},
 			changed: []said{{alice, at(1), at(3), wgroam.CauseData}, {alice, at(3), at(2), wgroam.CauseData}},
@@ -624,10 +667,10 @@ func TestKernelUnused(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if err := k.follow(bpf.Device{}, 1, &subscriber{}); !errors.Is(err, errKernelClosed) {
+	if _, err := k.follow(bpf.Device{}, 1, &subscriber{}); !errors.Is(err, errKernelClosed) {
 		t.Errorf("follow on a closed Kernel: %v", err)
 	}
-	if n := k.Lost(); n != 0 {
-		t.Errorf("lost %d", n)
+	if lost, limited := k.Lost(), k.Limited(); lost != 0 || limited != 0 {
+		t.Errorf("lost %d, limited %d", lost, limited)
 	}
 }

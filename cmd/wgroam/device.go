@@ -29,9 +29,8 @@ type daemon struct {
 	cfg     config.Config
 	log     *slog.Logger
 	started time.Time
-	wg      *wg.Client
-	netns   uint32
 	kernel  *tracker.Kernel
+	port    *tracker.Port
 	events  *control.Hub
 	devices []*device
 	serving chan struct{} // closed when there is a server
@@ -124,9 +123,20 @@ type device struct {
 	clock *wgroam.Clock
 }
 
+// where names a device for people: wg0, or wg0@blue in the namespace blue.
+func where(device, netns string) string {
+	if netns == "" {
+		return device
+	}
+	return device + "@" + netns
+}
+
 // session is one life of a link.
 type session struct {
+	space   *wg.Space // nil for the daemon's own
 	link    wg.Link
+	netns   uint32 // inode of the namespace
+	reader  *wg.Client
 	table   *wgroam.Table
 	clock   *wgroam.Clock
 	view    *wgroam.View
@@ -145,20 +155,29 @@ func (d *device) absent(err error) {
 }
 
 // session runs the device while the link lasts.
-func (d *device) session(ctx context.Context, link wg.Link) error {
-	keys, err := d.keys()
+func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) error {
+	netns, err := space.Inode()
 	if err != nil {
 		return err
 	}
-	release, err := d.d.claim(keys.Group(), d.cfg.Name)
+	reader, err := space.Open()
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	keys, err := d.keys(reader)
+	if err != nil {
+		return err
+	}
+	release, err := d.d.claim(keys.Group(), where(d.cfg.Name, d.cfg.Netns))
 	if err != nil {
 		return err
 	}
 	defer release()
 
 	server, _ := d.d.natsd()
-	s, err := d.wire(link, keys, server)
-	if err != nil {
+	s := &session{space: space, link: link, netns: netns, reader: reader}
+	if err := d.wire(s, keys, server); err != nil {
 		return err
 	}
 	if server != nil {
@@ -166,13 +185,13 @@ func (d *device) session(ctx context.Context, link wg.Link) error {
 	}
 	// The applier writes through a client of its own, so that it does not wait
 	// for a dump.
-	writer, err := wg.Open()
+	writer, err := space.Open()
 	if err != nil {
 		return err
 	}
 	defer writer.Close()
 	s.applier = applier.New(applier.Config{
-		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: d.d.log,
+		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
 	})
 	pub := publisher.New(publisher.Config{
 		Table: s.table, Link: s.feed, Role: func() feed.Role { return roleOf(d.cfg.Role) }, Log: d.log,
@@ -215,8 +234,8 @@ func (d *device) session(ctx context.Context, link wg.Link) error {
 
 // keys derives the group's keys from the device's private key, which does not
 // stay in memory.
-func (d *device) keys() (feed.Keys, error) {
-	private, err := d.d.wg.PrivateKey(d.cfg.Name)
+func (d *device) keys(client *wg.Client) (feed.Keys, error) {
+	private, err := client.PrivateKey(d.cfg.Name)
 	defer clear(private[:])
 	if err != nil {
 		return feed.Keys{}, err
@@ -225,7 +244,7 @@ func (d *device) keys() (feed.Keys, error) {
 }
 
 // wire makes the parts of a session that need each other.
-func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*session, error) {
+func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 	d.mu.Lock()
 	// A table of its own for every session, because nobody takes leave of a
 	// table; what the group knows goes from one to the next.
@@ -238,7 +257,7 @@ func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*sess
 		}
 	}
 	d.table = table
-	s := &session{link: link, table: table, clock: d.clock, view: wgroam.NewView()}
+	s.table, s.clock, s.view = table, d.clock, wgroam.NewView()
 	d.mu.Unlock()
 
 	n := d.d.cfg.NATS
@@ -255,7 +274,7 @@ func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*sess
 	}
 	var err error
 	if s.feed, err = feed.New(fc); err != nil {
-		return nil, err
+		return err
 	}
 	s.merger = applier.NewMerger(applier.MergerConfig{
 		Self: s.feed.Self(), Table: s.table, Clock: s.clock, View: s.view, Feed: s.feed,
@@ -270,17 +289,19 @@ func (d *device) wire(link wg.Link, keys feed.Keys, server *natsd.Server) (*sess
 		}
 	})
 	s.tracker = tracker.New(tracker.Config{
-		Device: link.Name, Ifindex: link.Ifindex, Netns: d.d.netns,
-		Kernel: d.d.kernel, WG: d.d.wg, View: s.view,
+		Device: s.link.Name, Ifindex: s.link.Ifindex, Netns: s.netns, Space: s.space,
+		Kernel: d.d.kernel, Port: d.d.port, WG: s.reader, View: s.view,
 		Changed: func(o wgroam.Observation) {
 			if isChange(o) {
-				d.d.events.Publish(control.NewEvent(d.cfg.Name, o, time.Now()))
+				e := control.NewEvent(d.cfg.Name, o, time.Now())
+				e.Netns = d.cfg.Netns
+				d.d.events.Publish(e)
 			}
 		},
 		Proven: func(o wgroam.Observation) { d.record(s, o) },
 		Poll:   d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
 	})
-	return s, nil
+	return nil
 }
 
 // restore takes over what this node knew when it ended.

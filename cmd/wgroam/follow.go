@@ -18,21 +18,88 @@ import (
 // no private key, or fails otherwise. The kernel says nothing when that changes.
 const retryDelay = time.Second
 
-// follow runs session while a link called name exists: each time one appears,
-// until it is gone or is another one. It waits for a link that does not exist,
-// and says so once by absent. It returns nil when ctx ends, or the error of a
-// session that no waiting can help.
-func follow(ctx context.Context, name string, log *slog.Logger, absent func(error),
-	session func(context.Context, wg.Link) error,
-) error {
+// spaceInterval is how often the name of a namespace is looked up: nothing tells
+// when it is deleted, or made again for another one.
+const spaceInterval = time.Second
+
+// place is where a device is to be found.
+type place struct {
+	netns string // as in config.Device: "" for ours
+	name  string
+}
+
+// life runs while a link exists that has the device's name, in its namespace; nil
+// for ours.
+type life func(ctx context.Context, space *wg.Space, link wg.Link) error
+
+// follow runs session while there is such a link: each time one appears, until
+// it is gone or is another one. It waits for a link, or a namespace, that does
+// not exist, and says so once by absent. It returns nil when ctx ends, or the
+// error of a session that no waiting can help.
+func follow(ctx context.Context, at place, log *slog.Logger, absent func(error), session life) error {
+	if at.netns == "" {
+		return followLink(ctx, nil, at.name, log, absent, session)
+	}
+	last := "" // the last complaint
+	for {
+		space, err := wg.OpenSpace(at.netns)
+		switch {
+		case hopeless(err) != nil:
+			return err
+		case err == nil:
+			last = ""
+			if err := followSpace(ctx, space, at.name, log, absent, session); err != nil {
+				return err
+			}
+		case err.Error() != last:
+			last = err.Error()
+			absent(err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(spaceInterval):
+		}
+	}
+}
+
+// followSpace is follow in a namespace, until that has lost its name. It closes the
+// namespace, which lives as long as somebody holds it.
+func followSpace(ctx context.Context, space *wg.Space, name string, log *slog.Logger, absent func(error), session life) error {
+	defer space.Close()
+	inside, leave := context.WithCancel(ctx)
+	g, inside := errgroup.WithContext(inside)
+	g.Go(func() error { return followLink(inside, space, name, log, absent, session) })
+	g.Go(func() error {
+		tick := time.NewTicker(spaceInterval)
+		defer tick.Stop()
+		for space.Current() {
+			select {
+			case <-inside.Done():
+				return nil
+			case <-tick.C:
+			}
+		}
+		leave()
+		return nil
+	})
+	err := g.Wait()
+	leave()
+	return err
+}
+
+// followLink is follow in a namespace that is there.
+func followLink(ctx context.Context, space *wg.Space, name string, log *slog.Logger, absent func(error), session life) error {
 	wake := make(chan struct{}, 1)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		return wg.WatchLinks(ctx, func() {
-			select {
-			case wake <- struct{}{}:
-			default:
-			}
+		return space.Do(func() error {
+			return wg.WatchLinks(ctx, func() {
+				select {
+				case wake <- struct{}{}:
+				default:
+				}
+			})
 		})
 	})
 	g.Go(func() error {
@@ -41,6 +108,7 @@ func follow(ctx context.Context, name string, log *slog.Logger, absent func(erro
 			cancel  context.CancelFunc
 			ended   chan error // of the running session; nil when none runs
 			retry   <-chan time.Time
+			moved   bool   // the running session is ending, for its link is not ours any more
 			last    string // the last complaint
 		)
 		complain := func(err error) {
@@ -66,19 +134,24 @@ func follow(ctx context.Context, name string, log *slog.Logger, absent func(erro
 				if err != nil {
 					complain(err)
 				}
-				retry = time.After(retryDelay)
+				delay := retryDelay
+				if moved {
+					delay = 0 // its successor may be there, and nobody will say so again
+				}
+				retry, moved = time.After(delay), false
 				continue
 			case <-retry:
 			case <-wake:
 			}
-			link, err := wg.LinkByName(name)
+			link, err := linkByName(space, name)
 			if err != nil && !errors.Is(err, wg.ErrNoDevice) {
-				log.Warn("cannot look up link", "device", name, "err", err)
+				log.Warn("cannot look up the link", "err", err)
 				continue
 			}
 			if ended != nil {
 				if err != nil || link.Ifindex != current.Ifindex {
 					// It ends, and is waited for above.
+					moved = true
 					cancel()
 				}
 				continue
@@ -89,10 +162,19 @@ func follow(ctx context.Context, name string, log *slog.Logger, absent func(erro
 			}
 			sctx, stop := context.WithCancel(ctx)
 			cancel, current, ended, retry, last = stop, link, make(chan error, 1), nil, ""
-			go func() { ended <- session(sctx, link) }()
+			go func() { ended <- session(sctx, space, link) }()
 		}
 	})
 	return g.Wait()
+}
+
+// linkByName is wg.LinkByName in a namespace.
+func linkByName(space *wg.Space, name string) (link wg.Link, err error) {
+	err = space.Do(func() (err error) {
+		link, err = wg.LinkByName(name)
+		return err
+	})
+	return link, err
 }
 
 // hopeless returns err if neither time nor a new link will mend it. All else is

@@ -38,13 +38,15 @@ func (d *daemon) serveMetrics(ctx context.Context, listen string) error {
 	return nil
 }
 
-// collector makes metrics of the status. There is no label for a peer, and never
-// one for an endpoint: each roam would make a new series.
+// collector makes metrics of the status. The label netns is empty for devices of
+// the daemon's network namespace, which is as good as none. There is no label for
+// a peer, and never one for an endpoint: each roam would make a new series.
 type collector struct{ d *daemon }
 
 var metrics = []metric{
 	counter("events_total", "Endpoint changes that the detector reported.", func(d control.DeviceStatus) float64 { return float64(d.Events) }),
 	counter("events_lost_total", "Events that found the ring buffer full.", func(d control.DeviceStatus) float64 { return float64(d.Lost) }),
+	counter("events_limited_total", "Events that were held back because a peer, or all together, changed too often.", func(d control.DeviceStatus) float64 { return float64(d.Limited) }),
 	counter("resyncs_total", "Dumps of the device because events were missing.", func(d control.DeviceStatus) float64 { return float64(d.Resyncs) }),
 	counter("sweep_repairs_total", "Changes that only the slow sweep found.", func(d control.DeviceStatus) float64 { return float64(d.SweepRepairs) }),
 	counter("applied_total", "Endpoints written to the device.", func(d control.DeviceStatus) float64 { return float64(d.Applied) }),
@@ -56,7 +58,7 @@ var metrics = []metric{
 	gauge("records_waiting", "Records of peers that the device does not have.", func(d control.DeviceStatus) float64 { return float64(d.Waiting) }),
 }
 
-var refusedDesc = prometheus.NewDesc("wgroam_refused_total", "Frames and records that were refused.", []string{"device", "reason"}, nil)
+var refusedDesc = prometheus.NewDesc("wgroam_refused_total", "Frames and records that were refused.", []string{"device", "netns", "reason"}, nil)
 
 type metric struct {
 	desc  *prometheus.Desc
@@ -65,11 +67,11 @@ type metric struct {
 }
 
 func counter(name, help string, value func(control.DeviceStatus) float64) metric {
-	return metric{prometheus.NewDesc("wgroam_"+name, help, []string{"device"}, nil), prometheus.CounterValue, value}
+	return metric{prometheus.NewDesc("wgroam_"+name, help, []string{"device", "netns"}, nil), prometheus.CounterValue, value}
 }
 
 func gauge(name, help string, value func(control.DeviceStatus) float64) metric {
-	return metric{prometheus.NewDesc("wgroam_"+name, help, []string{"device"}, nil), prometheus.GaugeValue, value}
+	return metric{prometheus.NewDesc("wgroam_"+name, help, []string{"device", "netns"}, nil), prometheus.GaugeValue, value}
 }
 
 // Describe implements prometheus.Collector.
@@ -84,10 +86,10 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 func (c collector) Collect(ch chan<- prometheus.Metric) {
 	for _, d := range c.d.status().Devices {
 		for _, m := range metrics {
-			ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(d), d.Name)
+			ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(d), d.Name, d.Netns)
 		}
 		for reason, n := range d.Feed.Refused {
-			ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.CounterValue, float64(n), d.Name, reason)
+			ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.CounterValue, float64(n), d.Name, d.Netns, reason)
 		}
 	}
 }

@@ -32,7 +32,7 @@ func TestCollector(t *testing.T) {
 	want := `
 # HELP wgroam_sweep_repairs_total Changes that only the slow sweep found.
 # TYPE wgroam_sweep_repairs_total counter
-wgroam_sweep_repairs_total{device="wg0"} 0
+wgroam_sweep_repairs_total{device="wg0",netns=""} 0
 `
 	if err := testutil.CollectAndCompare(collector{d}, strings.NewReader(want), "wgroam_sweep_repairs_total"); err != nil {
 		t.Error(err)

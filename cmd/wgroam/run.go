@@ -13,7 +13,7 @@ import (
 
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
-	"github.com/wgroam/wgroam/internal/wg"
+	"github.com/wgroam/wgroam/internal/privilege"
 	"github.com/wgroam/wgroam/tracker"
 )
 
@@ -52,21 +52,17 @@ func runVerb(ctx context.Context, e env, args []string) error {
 //	                  WireGuard device
 func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	started := time.Now()
-	client, err := wg.Open()
-	if err != nil {
-		return err
-	}
-	defer client.Close()
-	netns, err := wg.Netns()
-	if err != nil {
+	if err := privilege.Lower(); err != nil {
 		return err
 	}
 	kernel := new(tracker.Kernel)
 	defer kernel.Close()
+	port := new(tracker.Port)
+	defer port.Close()
 
 	d := &daemon{
 		cfg: cfg, log: log, started: started,
-		wg: client, netns: netns, kernel: kernel,
+		kernel: kernel, port: port,
 		events:  control.NewHub(),
 		groups:  make(map[string]string),
 		serving: make(chan struct{}),
@@ -82,7 +78,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		if dc.Role != config.RoleAlways || len(dc.VIP) > 0 {
 			log.Warn("role, vip and standby are shown, and not acted on by this version", "device", dc.Name)
 		}
-		d.devices = append(d.devices, &device{cfg: dc, d: d, log: log.With("device", dc.Name)})
+		d.devices = append(d.devices, &device{cfg: dc, d: d, log: placeLog(log, dc.Netns).With("device", dc.Name)})
 	}
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -104,8 +100,16 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	}
 	for _, dev := range d.devices {
 		g.Go(func() error {
-			return follow(ctx, dev.cfg.Name, log, dev.absent, dev.session)
+			return follow(ctx, place{dev.cfg.Netns, dev.cfg.Name}, dev.log, dev.absent, dev.session)
 		})
 	}
 	return g.Wait()
+}
+
+// placeLog returns a log that says where a device is, if that is not here.
+func placeLog(log *slog.Logger, netns string) *slog.Logger {
+	if netns == "" {
+		return log
+	}
+	return log.With("netns", netns)
 }

@@ -14,8 +14,8 @@ import (
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/applier"
+	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
-	"github.com/wgroam/wgroam/internal/wg"
 )
 
 // status is the daemon's answer to the verb status.
@@ -36,7 +36,7 @@ func (d *device) status() control.DeviceStatus {
 	d.mu.Unlock()
 
 	out := control.DeviceStatus{
-		Name: d.cfg.Name, Role: string(d.cfg.Role), Standby: string(d.cfg.Standby), VIP: d.cfg.VIP,
+		Name: d.cfg.Name, Netns: d.cfg.Netns, Role: string(d.cfg.Role), Standby: string(d.cfg.Standby), VIP: d.cfg.VIP,
 		Group: group, State: control.StateWaiting,
 		Detector: control.Detector{Rung: control.RungNone},
 		Feed:     control.FeedStatus{Mode: control.FeedNone, Listen: d.d.cfg.NATS.Listen},
@@ -63,7 +63,7 @@ func (d *device) status() control.DeviceStatus {
 	}
 
 	out.State = control.StateDown
-	if link, err := wg.LinkByName(d.cfg.Name); err == nil {
+	if link, err := linkByName(s.space, d.cfg.Name); err == nil {
 		out.Ifindex = link.Ifindex
 		if link.Up {
 			out.State = control.StateUp
@@ -72,7 +72,7 @@ func (d *device) status() control.DeviceStatus {
 	t := s.tracker.Status()
 	out.Detector = control.Detector{Rung: string(t.Rung), Reason: t.Reason}
 	out.Events, out.Resyncs, out.SweepRepairs = t.Events, t.Resyncs, t.SweepRepairs
-	out.Lost = d.d.kernel.Lost()
+	out.Lost, out.Limited = d.d.kernel.Lost()+d.d.port.Lost(), d.d.kernel.Limited()
 	out.Peers, out.Records = s.view.Len(), s.table.Len()
 	for _, r := range s.table.Records() {
 		if _, ok := s.view.Get(r.Peer); !ok {
@@ -127,13 +127,13 @@ func (d *daemon) peers() []control.Peer {
 		s := dev.current
 		dev.mu.Unlock()
 		if s != nil {
-			out = append(out, s.peers(dev.cfg.Name, d.cfg.Node)...)
+			out = append(out, s.peers(dev.cfg, d.cfg.Node)...)
 		}
 	}
 	return out
 }
 
-func (s *session) peers(device, self string) []control.Peer {
+func (s *session) peers(device config.Device, self string) []control.Peer {
 	now := time.Now()
 	held := s.view.Peers()
 	out := make([]control.Peer, 0, len(held))
@@ -144,7 +144,7 @@ func (s *session) peers(device, self string) []control.Peer {
 		}
 		at := r.Version.HLC.Time()
 		p := control.Peer{
-			Device: device, Peer: r.Peer, Endpoint: r.Endpoint, Held: held[r.Peer].Endpoint,
+			Device: device.Name, Netns: device.Netns, Peer: r.Peer, Endpoint: r.Endpoint, Held: held[r.Peer].Endpoint,
 			Cause: r.Cause.String(), Node: node, Observed: at, AgeS: max(0, int64(now.Sub(at).Seconds())),
 			Applied: string(s.applier.State(r.Peer)),
 		}
@@ -158,7 +158,7 @@ func (s *session) peers(device, self string) []control.Peer {
 	}
 	// Peers that nobody has seen yet.
 	for k, h := range held {
-		p := control.Peer{Device: device, Peer: k, Held: h.Endpoint, Applied: control.AppliedYes}
+		p := control.Peer{Device: device.Name, Netns: device.Netns, Peer: k, Held: h.Endpoint, Applied: control.AppliedYes}
 		if h.Endpoint.IsValid() {
 			p.Cause = h.Cause.String()
 		}
@@ -182,7 +182,7 @@ func unhealthy(s control.Status) error {
 	var bad []string
 	for _, d := range s.Devices {
 		if d.State == control.StateWaiting || d.State == control.StateMissing {
-			bad = append(bad, d.Name+" is "+d.State)
+			bad = append(bad, where(d.Name, d.Netns)+" is "+d.State)
 		}
 	}
 	if bad != nil {
@@ -192,9 +192,9 @@ func unhealthy(s control.Status) error {
 }
 
 func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
-	fmt.Fprintf(w, "\ndevice\t%s: %s, role %s, group %s\n", d.Name, d.State, d.Role, d.Group)
+	fmt.Fprintf(w, "\ndevice\t%s: %s, role %s, group %s\n", where(d.Name, d.Netns), d.State, d.Role, d.Group)
 	fmt.Fprintf(w, "detector\t%s\n", withReason(d.Detector.Rung, d.Detector.Reason))
-	fmt.Fprintf(w, "changes\t%d seen, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Lost, d.Resyncs, d.SweepRepairs)
+	fmt.Fprintf(w, "changes\t%d seen, %d held back, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Limited, d.Lost, d.Resyncs, d.SweepRepairs)
 	fmt.Fprintf(w, "peers\t%d in the device, %d records, %d of them waiting for their peer\n", d.Peers, d.Records, d.Waiting)
 	fmt.Fprintf(w, "applied\t%d endpoints, %d errors\n", d.Applied, d.ApplyErrors)
 	if !d.Snapshot.Written.IsZero() {
@@ -247,7 +247,7 @@ func peersVerb(ctx context.Context, e env, args []string) error {
 			if p.Error != "" {
 				applied += ": " + p.Error
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Device, p.Peer, ep, node, age, p.Cause, applied)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", where(p.Device, p.Netns), p.Peer, ep, node, age, p.Cause, applied)
 		}
 		return nil
 	})

@@ -15,6 +15,7 @@ import (
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/privilege"
 	"github.com/wgroam/wgroam/internal/wg"
 	"github.com/wgroam/wgroam/tracker"
 )
@@ -96,6 +97,9 @@ func watchDaemon(socket string) func(context.Context, env, string, *eventPrinter
 }
 
 func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) error {
+	if err := privilege.Lower(); err != nil {
+		return err
+	}
 	client, err := wg.Open()
 	if err != nil {
 		return err
@@ -107,6 +111,8 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 	}
 	var kernel tracker.Kernel
 	defer kernel.Close()
+	var port tracker.Port
+	defer port.Close()
 
 	fail := func(err error) {
 		select {
@@ -114,10 +120,10 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 		default:
 		}
 	}
-	session := func(ctx context.Context, link wg.Link) error {
+	session := func(ctx context.Context, _ *wg.Space, link wg.Link) error {
 		t := tracker.New(tracker.Config{
 			Device: link.Name, Ifindex: link.Ifindex, Netns: netns,
-			Kernel: &kernel, WG: client, View: wgroam.NewView(),
+			Kernel: &kernel, Port: &port, WG: client, View: wgroam.NewView(),
 			Poll: defaultPoll, Sweep: defaultSweep, Log: e.log,
 			Proven: func(wgroam.Observation) {},
 			Changed: func(o wgroam.Observation) {
@@ -152,7 +158,7 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 			return err
 		}
 		g.Go(func() error {
-			return follow(ctx, device, e.log, func(err error) {
+			return follow(ctx, place{name: device}, e.log.With("device", device), func(err error) {
 				e.log.Warn("waiting for the device to come back", "device", device, "err", err)
 			}, session)
 		})
@@ -164,7 +170,7 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 
 // watchAll starts to follow every device of this namespace, as they come.
 func watchAll(ctx context.Context, e env, client *wg.Client, g *errgroup.Group,
-	session func(context.Context, wg.Link) error, fail func(error),
+	session life, fail func(error),
 ) error {
 	followed := make(map[string]bool)
 	return wg.WatchLinks(ctx, func() {
@@ -179,7 +185,7 @@ func watchAll(ctx context.Context, e env, client *wg.Client, g *errgroup.Group,
 			}
 			followed[name] = true
 			g.Go(func() error {
-				return follow(ctx, name, e.log, func(error) {}, session)
+				return follow(ctx, place{name: name}, e.log.With("device", name), func(error) {}, session)
 			})
 		}
 		if len(followed) == 0 {
@@ -239,7 +245,7 @@ func printEvent(w io.Writer, e control.Event, asJSON bool) error {
 		return json.NewEncoder(w).Encode(e)
 	}
 	_, err := fmt.Fprintf(w, "%s  %s  %s  %s -> %s  %s  %.1f ms\n",
-		e.Time.Local().Format("15:04:05.000"), e.Device, e.Peer, orNone(e.Old), orNone(e.New), e.Cause, float64(e.LatencyUS)/1000)
+		e.Time.Local().Format("15:04:05.000"), where(e.Device, e.Netns), e.Peer, orNone(e.Old), orNone(e.New), e.Cause, float64(e.LatencyUS)/1000)
 	return err
 }
 

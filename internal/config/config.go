@@ -14,7 +14,7 @@ type Config struct {
 	// Node is the name of this gateway: 1 to 64 bytes, no spaces. It must differ
 	// between the nodes of a group.
 	Node string
-	// Devices has at least one element; the names differ.
+	// Devices has at least one element; no two have the same Name and Netns.
 	Devices []Device
 	NATS    NATS
 	// MaxSkew is how far ahead of this node's clock another node's may be.
@@ -51,7 +51,10 @@ const (
 // Device is one WireGuard device.
 type Device struct {
 	// Name is the interface name: 1 to 15 bytes, as the kernel accepts it.
-	Name    string
+	Name string
+	// Netns is the network namespace that the device is in: a name below
+	// /run/netns, or else an absolute path; "" for the daemon's own.
+	Netns   string
 	Role    Role
 	Standby Standby
 	// VIP are the virtual IP addresses of the group, without zone; nil for none.

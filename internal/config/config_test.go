@@ -157,6 +157,15 @@ poll_interval = "250ms"
 sweep_interval = "1m"
 [[device]]
 name = "wg1"
+[[device]]
+name = "wg1"
+netns = "blue"
+[[device]]
+name = "wg1"
+netns = "/run/netns/red"
+[[device]]
+name = "wg1"
+netns = "/proc/1/./ns/net"
 [nats]
 listen = ":4950"
 peers = [
@@ -187,6 +196,9 @@ listen = "127.0.0.1:9586"
 				PollInterval: 250 * time.Millisecond, SweepInterval: time.Minute,
 			},
 			{Name: "wg1", Role: RoleAlways, Standby: StandbyDown, PollInterval: time.Second, SweepInterval: 5 * time.Minute},
+			{Name: "wg1", Netns: "blue", Role: RoleAlways, Standby: StandbyDown, PollInterval: time.Second, SweepInterval: 5 * time.Minute},
+			{Name: "wg1", Netns: "red", Role: RoleAlways, Standby: StandbyDown, PollInterval: time.Second, SweepInterval: 5 * time.Minute},
+			{Name: "wg1", Netns: "/proc/1/ns/net", Role: RoleAlways, Standby: StandbyDown, PollInterval: time.Second, SweepInterval: 5 * time.Minute},
 		},
 		NATS: NATS{
 			Listen: ":4950",
@@ -300,7 +312,12 @@ func TestMistakes(t *testing.T) {
 		{"long name", "[[device]]\nname='wireguard0000000'\n", []string{`f:2: device.name: "wireguard0000000": longer than the 15 bytes of an interface name`}},
 		{"slash in name", "[[device]]\nname='wg/0'\n", []string{`f:2: device.name: "wg/0": not an interface name: no slash, colon or space`}},
 		{"space in name", "[[device]]\nname='wg 0'\n", []string{`f:2: device.name: "wg 0": not an interface name: no slash, colon or space`}},
-		{"device twice", wg0 + "[[device]]\nname='wg0'\n", []string{`f:4: device.name: "wg0" is there twice: keep one`}},
+		{"device twice", wg0 + "[[device]]\nname='wg0'\n", []string{`f:4: device.name: "wg0" is there twice: keep one, or say in which netns the other is`}},
+		{"device twice in a namespace", wg0 + "netns='blue'\n[[device]]\nname='wg0'\nnetns='/var/run/netns/blue'\n", []string{`f:5: device.name: "wg0" is there twice: keep one, or say in which netns the other is`}},
+		{"netns, relative", wg0 + "netns='run/blue'\n", []string{`f:3: device.netns: "run/blue" is neither the name of a network namespace, as ip netns shows it, nor an absolute path`}},
+		{"netns, parent", wg0 + "netns='..'\n", []string{`f:3: device.netns: ".." is neither the name of a network namespace, as ip netns shows it, nor an absolute path`}},
+		{"netns, line end", wg0 + "netns=\"a\\nb\"\n", []string{`f:3: device.netns: "a\nb" is neither the name of a network namespace, as ip netns shows it, nor an absolute path`}},
+		{"netns with a zero", wg0 + "netns=\"/a\\u0000b\"\n", []string{`f:3: device.netns: "/a\x00b" is not an absolute path: start it with a slash`}},
 		{"role", wg0 + "role='master'\n", []string{`f:3: device.role: "master" is not a role: want active, standby, always or auto`}},
 		{"standby", wg0 + "standby='up'\n", []string{`f:3: device.standby: "up" is not a way to stand by: want down or silent`}},
 		{"vip prefix", wg0 + "vip=['203.0.113.10/24']\n", []string{`f:3: device.vip: "203.0.113.10/24" is not an IP address: write it without prefix length or port, as 203.0.113.10 or 2001:db8::10`}},
@@ -408,12 +425,12 @@ func FuzzParse(f *testing.F) {
 		if err != nil || !reflect.DeepEqual(c, again) {
 			t.Fatalf("%+v, then %+v, %v", c, again, err)
 		}
-		names := map[string]bool{}
+		names := map[[2]string]bool{}
 		for _, d := range c.Devices {
-			if names[d.Name] || badDeviceName(d.Name) != "" {
-				t.Errorf("device %q", d.Name)
+			if names[[2]string{d.Name, d.Netns}] || badDeviceName(d.Name) != "" {
+				t.Errorf("device %q in %q", d.Name, d.Netns)
 			}
-			names[d.Name] = true
+			names[[2]string{d.Name, d.Netns}] = true
 			if d.PollInterval <= 0 || d.SweepInterval <= 0 {
 				t.Errorf("intervals %v, %v", d.PollInterval, d.SweepInterval)
 			}

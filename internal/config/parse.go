@@ -36,6 +36,7 @@ type raw struct {
 
 type rawDevice struct {
 	Name          string   `toml:"name"`
+	Netns         string   `toml:"netns"`
 	Role          string   `toml:"role"`
 	VIP           []string `toml:"vip"`
 	Standby       string   `toml:"standby"`
@@ -207,8 +208,9 @@ func (p *parser) config(r raw) Config {
 	}
 	for i, d := range r.Device {
 		c.Devices = append(c.Devices, p.device(i, d, def.Device[0]))
-		if slices.ContainsFunc(r.Device[:i], func(o rawDevice) bool { return o.Name == d.Name }) {
-			p.mistake(i, "device.name", "%q is there twice: keep one", d.Name)
+		netns := c.Devices[i].Netns
+		if slices.ContainsFunc(c.Devices[:i], func(o Device) bool { return o.Name == d.Name && o.Netns == netns }) {
+			p.mistake(i, "device.name", "%q is there twice: keep one, or say in which netns the other is", d.Name)
 		}
 	}
 	return c
@@ -217,6 +219,7 @@ func (p *parser) config(r raw) Config {
 func (p *parser) device(i int, r, def rawDevice) Device {
 	d := Device{
 		Name:          r.Name,
+		Netns:         p.netns(i, r.Netns),
 		Role:          Role(cmp.Or(r.Role, def.Role)),
 		Standby:       Standby(cmp.Or(r.Standby, def.Standby)),
 		SecretFile:    p.path(i, "device.secret_file", r.SecretFile),
@@ -266,6 +269,25 @@ func badDeviceName(name string) string {
 		return "not an interface name: no slash, colon or space"
 	}
 	return ""
+}
+
+// netns returns the one spelling of a network namespace.
+func (p *parser) netns(dev int, s string) string {
+	if filepath.IsAbs(s) {
+		s = p.path(dev, "device.netns", s)
+		for _, dir := range []string{"/run/netns", "/var/run/netns"} {
+			if filepath.Dir(s) == dir {
+				return filepath.Base(s)
+			}
+		}
+		return s
+	}
+	// As ip netns accepts it (iproute2, ip/ipnetns.c, invalid_name).
+	if len(s) > 255 || s == "." || s == ".." || strings.ContainsFunc(s, func(r rune) bool { return r == '/' || !unicode.IsGraphic(r) }) {
+		p.mistake(dev, "device.netns", "%q is neither the name of a network namespace, as ip netns shows it, nor an absolute path", s)
+		return ""
+	}
+	return s
 }
 
 func (p *parser) nats(r rawNATS) NATS {

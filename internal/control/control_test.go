@@ -43,13 +43,13 @@ func testStatus() Status {
 		Node: "gw-a", NodeID: "0123456789abcdef", Version: "v0.1.0",
 		Started: time.Date(2026, 11, 23, 7, 0, 0, 0, zone),
 		Devices: []DeviceStatus{
-			{Name: "wg1", State: StateWaiting, Role: "always", Standby: "down", Detector: Detector{Rung: RungNone, Reason: "no device wg1"}, Feed: FeedStatus{Mode: FeedNone}},
+			{Name: "wg0", Netns: "blue", State: StateWaiting, Role: "always", Standby: "down", Detector: Detector{Rung: RungNone, Reason: "no device wg0"}, Feed: FeedStatus{Mode: FeedNone}},
 			{
 				Name: "wg0", Ifindex: 7, State: StateUp, Role: "auto", Standby: "silent",
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",
 				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"},
-				Events:   1, Lost: 2, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9,
+				Events:   1, Lost: 2, Limited: 10, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9,
 				LastError: "none & nothing",
 				Snapshot: Snapshot{
 					Path: "/var/lib/wgroam/5f1d.snapshot", Written: time.Date(2026, 11, 23, 7, 0, 3, 0, zone), Records: 6, Error: "no space left",
@@ -75,7 +75,7 @@ func testStatus() Status {
 
 func testPeers() []Peer {
 	return []Peer{
-		{Device: "wg1", Peer: key(1), Applied: AppliedWaiting},
+		{Device: "wg0", Netns: "blue", Peer: key(1), Applied: AppliedWaiting},
 		{
 			Device: "wg0", Peer: key(2), Applied: AppliedNo, Cause: "initiation", Node: "0000000000000002",
 			Endpoint: netip.MustParseAddrPort("[2001:db8::1]:51820"), Held: netip.MustParseAddrPort("198.51.100.7:51820"),
@@ -250,7 +250,7 @@ func TestSchemaIsComplete(t *testing.T) {
 	d := s.Devices[0]
 	for _, v := range []any{s, d, d.Feed.Connections[1], d.Feed.Nodes[1], testPeers()[1], settlePeers(testPeers())} {
 		for _, path := range unset(fmt.Sprintf("%T", v), reflect.ValueOf(v)) {
-			if path != "control.Connection.Connected" {
+			if path != "control.Connection.Connected" && !strings.HasSuffix(path, ".Netns") {
 				t.Errorf("%s is not set", path)
 			}
 		}
@@ -268,8 +268,8 @@ func TestEvent(t *testing.T) {
 	if diff := cmp.Diff(want, string(b)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	e.Old, e.New = netip.MustParseAddrPort("198.51.100.7:1"), netip.AddrPort{}
-	if b, _ = json.Marshal(e); !strings.Contains(string(b), `"old":"198.51.100.7:1","new":""`) {
+	e.Old, e.New, e.Netns = netip.MustParseAddrPort("198.51.100.7:1"), netip.AddrPort{}, "blue"
+	if b, _ = json.Marshal(e); !strings.Contains(string(b), `"device":"wg0","netns":"blue",`) || !strings.Contains(string(b), `"old":"198.51.100.7:1","new":""`) {
 		t.Errorf("got %s", b)
 	}
 	var back Event

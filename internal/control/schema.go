@@ -23,7 +23,7 @@ type Status struct {
 	NodeID  string         `json:"node_id"` // 16 hexadecimal digits
 	Version string         `json:"version"`
 	Started time.Time      `json:"started"` // RFC 3339, UTC
-	Devices []DeviceStatus `json:"devices"` // by name
+	Devices []DeviceStatus `json:"devices"` // by name, then namespace
 }
 
 // The values of DeviceStatus.State.
@@ -37,7 +37,10 @@ const (
 // DeviceStatus is one WireGuard device of this node. Counters count from when
 // the device appeared.
 type DeviceStatus struct {
-	Name     string       `json:"name"`
+	Name string `json:"name"`
+	// Netns is the device's network namespace, as in the configuration; absent for
+	// the daemon's own.
+	Netns    string       `json:"netns,omitempty"`
 	Ifindex  int          `json:"ifindex"` // 0 without a device
 	State    string       `json:"state"`   // up, down, missing, waiting
 	Role     string       `json:"role"`    // active, standby, always, auto
@@ -48,6 +51,7 @@ type DeviceStatus struct {
 
 	Events       uint64 `json:"events"`        // endpoint changes reported by the detector
 	Lost         uint64 `json:"lost"`          // changes that the detector had no room for, on all devices
+	Limited      uint64 `json:"limited"`       // changes held back until the peer had calmed down, on all devices
 	Resyncs      uint64 `json:"resyncs"`       // full reads after a loss
 	SweepRepairs uint64 `json:"sweep_repairs"` // changes that only the slow sweep found; 0 in health
 
@@ -133,7 +137,7 @@ type NodeStatus struct {
 // Peers is the answer to the verb peers.
 type Peers struct {
 	Schema int    `json:"schema"`
-	Peers  []Peer `json:"peers"` // by device, then key bytes
+	Peers  []Peer `json:"peers"` // by device, then namespace, then key bytes
 }
 
 // The values of Peer.Applied.
@@ -151,11 +155,12 @@ const (
 // [ip6]:port, and empty when there is none.
 type Peer struct {
 	Device   string         `json:"device"`
-	Peer     wgroam.Key     `json:"peer"`     // base64
-	Endpoint netip.AddrPort `json:"endpoint"` // the newest that any node has authenticated
-	Held     netip.AddrPort `json:"held"`     // what the device holds
-	Cause    string         `json:"cause"`    // data, response, initiation, config, snapshot; empty without endpoint
-	Node     string         `json:"node"`     // who saw it: name, or id while the name is unknown
+	Netns    string         `json:"netns,omitempty"` // as DeviceStatus.Netns
+	Peer     wgroam.Key     `json:"peer"`            // base64
+	Endpoint netip.AddrPort `json:"endpoint"`        // the newest that any node has authenticated
+	Held     netip.AddrPort `json:"held"`            // what the device holds
+	Cause    string         `json:"cause"`           // data, response, initiation, config, snapshot; empty without endpoint
+	Node     string         `json:"node"`            // who saw it: name, or id while the name is unknown
 	// Observed is RFC 3339, UTC; absent without a record.
 	Observed time.Time `json:"observed,omitzero"`
 	AgeS     int64     `json:"age_s"` // seconds since Observed; 0 without a record
@@ -168,10 +173,11 @@ type Peer struct {
 type Event struct {
 	Time   time.Time      `json:"time"` // when the kernel accepted it; RFC 3339 with nanoseconds, UTC
 	Device string         `json:"device"`
-	Peer   wgroam.Key     `json:"peer"`  // base64
-	Old    netip.AddrPort `json:"old"`   // ip:port or [ip6]:port; empty when none
-	New    netip.AddrPort `json:"new"`   // as Old
-	Cause  string         `json:"cause"` // data, response, initiation, config
+	Netns  string         `json:"netns,omitempty"` // as DeviceStatus.Netns
+	Peer   wgroam.Key     `json:"peer"`            // base64
+	Old    netip.AddrPort `json:"old"`             // ip:port or [ip6]:port; empty when none
+	New    netip.AddrPort `json:"new"`             // as Old
+	Cause  string         `json:"cause"`           // data, response, initiation, config
 	// LatencyUS is how long the change took from the kernel to wgroam, in
 	// microseconds.
 	LatencyUS int64 `json:"latency_us"`
@@ -203,7 +209,7 @@ type Missed struct {
 func (s Status) settle() Status {
 	s.Schema = Schema
 	s.Started = s.Started.UTC()
-	s.Devices = sorted(s.Devices, func(a, b DeviceStatus) int { return cmp.Compare(a.Name, b.Name) })
+	s.Devices = sorted(s.Devices, func(a, b DeviceStatus) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Netns, b.Netns)) })
 	for i := range s.Devices {
 		d := &s.Devices[i]
 		d.VIP = append([]netip.Addr{}, d.VIP...)
@@ -227,7 +233,7 @@ func (s Status) settle() Status {
 
 func settlePeers(peers []Peer) Peers {
 	peers = sorted(peers, func(a, b Peer) int {
-		return cmp.Or(cmp.Compare(a.Device, b.Device), slices.Compare(a.Peer[:], b.Peer[:]))
+		return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.Netns, b.Netns), slices.Compare(a.Peer[:], b.Peer[:]))
 	})
 	for i := range peers {
 		if !peers[i].Observed.IsZero() {

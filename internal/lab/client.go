@@ -62,7 +62,7 @@ func newClient(l *Lab, n int) (*Client, error) {
 // bind its sockets to an address, so the route has to choose the source.
 func (c *Client) mark() int { return 1000 + c.n }
 
-func (c *Client) build(log *slog.Logger, keepalive time.Duration) error {
+func (c *Client) build(program string, log *slog.Logger, keepalive time.Duration) error {
 	c.lab.mu.Lock()
 	defer c.lab.mu.Unlock()
 	c.alive = keepalive
@@ -77,7 +77,7 @@ func (c *Client) build(log *slog.Logger, keepalive time.Duration) error {
 		return err
 	}
 	name := "wg" + strconv.Itoa(c.n)
-	if !c.lab.Kernel {
+	if program != "" || !c.lab.Kernel {
 		name = c.lab.prefix + strconv.Itoa(c.n)
 	}
 	c.port = c.lab.nextPort()
@@ -89,7 +89,7 @@ func (c *Client) build(log *slog.Logger, keepalive time.Duration) error {
 		Peers:        []wgtypes.PeerConfig{c.peer()},
 	}
 	var err error
-	c.dev, err = newWGDevice(c.lab.clients, name, c.lab.Kernel, log,
+	c.dev, err = newWGDevice(c.lab.clients, name, program, c.lab.Kernel, log,
 		netip.PrefixFrom(c.Inner4, inner4.Bits()), netip.PrefixFrom(c.Inner6, inner6.Bits()), cfg)
 	return err
 }

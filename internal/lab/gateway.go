@@ -26,6 +26,7 @@ type Gateway struct {
 
 	lab     *Lab
 	ns      *namespace
+	program string // of the device; see Config
 	dev     *wgDevice
 	echo    net.PacketConn
 	discard net.PacketConn
@@ -71,7 +72,7 @@ func (g *Gateway) build(log *slog.Logger) error {
 // endpoints.
 func (g *Gateway) makeDevice(log *slog.Logger) error {
 	name := "wg0"
-	if !g.lab.Kernel {
+	if g.program != "" || !g.lab.Kernel {
 		name = g.lab.prefix + g.Name
 	}
 	listen := ListenPort
@@ -83,7 +84,7 @@ func (g *Gateway) makeDevice(log *slog.Logger) error {
 		})
 	}
 	var err error
-	g.dev, err = newWGDevice(g.ns, name, g.lab.Kernel, log, inner4, inner6, cfg)
+	g.dev, err = newWGDevice(g.ns, name, g.program, g.lab.Kernel, log, inner4, inner6, cfg)
 	return err
 }
 
@@ -201,7 +202,7 @@ func (g *Gateway) LinkUp() error {
 func (g *Gateway) Recreate() error {
 	g.lab.mu.Lock()
 	defer g.lab.mu.Unlock()
-	if g.dev.user != nil {
+	if g.dev.user != nil || g.dev.prog != nil {
 		g.dev.close()
 	} else {
 		link, err := g.ns.link(g.dev.name)

@@ -81,6 +81,10 @@ type Config struct {
 	Keepalive time.Duration
 	// Userspace makes the WireGuard devices wireguard-go's, whatever the kernel has.
 	Userspace bool
+	// GatewayProgram and ClientProgram are executables of wireguard-go that run the
+	// devices, each in a process of its own. Empty: those of the kernel, or
+	// wireguard-go in this process.
+	GatewayProgram, ClientProgram string
 	// Log receives what wireguard-go says; nil discards it.
 	Log *slog.Logger
 }
@@ -172,10 +176,11 @@ func (l *Lab) build(ctx context.Context, cfg Config) error {
 			return err
 		}
 		g := &Gateway{
-			Name:  name,
-			Addr4: nth(lan4, 1+i),
-			Addr6: nth(lan6, 1+i),
-			lab:   l,
+			Name:    name,
+			Addr4:   nth(lan4, 1+i),
+			Addr6:   nth(lan6, 1+i),
+			lab:     l,
+			program: cfg.GatewayProgram,
 		}
 		l.Gateways = append(l.Gateways, g)
 		if err := g.build(cfg.Log); err != nil {
@@ -186,7 +191,7 @@ func (l *Lab) build(ctx context.Context, cfg Config) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := c.build(cfg.Log, cfg.Keepalive); err != nil {
+		if err := c.build(cfg.ClientProgram, cfg.Log, cfg.Keepalive); err != nil {
 			return fmt.Errorf("client %d: %w", c.n, err)
 		}
 	}

@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -46,18 +48,22 @@ func KernelWireGuard() bool {
 type wgDevice struct {
 	name string
 	ns   *namespace
-	user *userDevice // nil for one in the kernel
+	user *userDevice    // nil unless it is in this process
+	prog *programDevice // nil unless it is in a process of its own
 	in6  netip.Prefix
 }
 
 // newWGDevice makes the device, gives it the inner addresses and cfg, and sets
-// it up.
-func newWGDevice(ns *namespace, name string, kernel bool, log *slog.Logger, in4, in6 netip.Prefix, cfg wgtypes.Config) (*wgDevice, error) {
+// it up. program may be the path of a wireguard-go.
+func newWGDevice(ns *namespace, name, program string, kernel bool, log *slog.Logger, in4, in6 netip.Prefix, cfg wgtypes.Config) (*wgDevice, error) {
 	d := &wgDevice{name: name, ns: ns, in6: in6}
 	var err error
-	if kernel {
+	switch {
+	case program != "":
+		d.prog, err = newProgramDevice(ns, name, program)
+	case kernel:
 		err = ns.nl.LinkAdd(&netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: name, MTU: wgMTU}})
-	} else {
+	default:
 		d.user, err = newUserDevice(ns, name, log)
 	}
 	if err != nil {
@@ -107,6 +113,9 @@ func (d *wgDevice) down() error {
 func (d *wgDevice) close() {
 	if d.user != nil {
 		d.user.close()
+	}
+	if d.prog != nil {
+		d.prog.close()
 	}
 }
 
@@ -159,6 +168,47 @@ func sweep() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// programDevice is wireguard-go in a process of its own.
+type programDevice struct {
+	cmd    *exec.Cmd
+	socket string
+	said   bytes.Buffer
+}
+
+// newProgramDevice starts the program and waits until it can be configured.
+func newProgramDevice(ns *namespace, name, program string) (*programDevice, error) {
+	p := &programDevice{
+		cmd:    exec.Command(program, "--foreground", name),
+		socket: filepath.Join(uapiDir, name+".sock"),
+	}
+	p.cmd.Stdout, p.cmd.Stderr = &p.said, &p.said
+	// It warns of a kernel that has WireGuard, and is started for all that.
+	p.cmd.Env = append(os.Environ(), "WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD=1")
+	if err := ns.start(p.cmd); err != nil {
+		return nil, err
+	}
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	timeout := time.After(10 * time.Second)
+	for {
+		if _, err := ns.wg.Device(name); err == nil {
+			return p, nil
+		}
+		select {
+		case <-tick.C:
+		case <-timeout:
+			p.close()
+			return nil, fmt.Errorf("%s cannot be configured after 10 s: %s", program, &p.said)
+		}
+	}
+}
+
+func (p *programDevice) close() {
+	_ = p.cmd.Process.Kill() // it is dead already, or will be
+	_ = p.cmd.Wait()         // killed
+	_ = os.Remove(p.socket)  // the program may have done so
 }
 
 // userDevice is wireguard-go on a TUN device, with a UAPI socket.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,8 +23,8 @@ type Link struct {
 	Up      bool
 }
 
-// LinkByName returns a link of this network namespace. The error wraps
-// ErrNoDevice if there is none of that name.
+// LinkByName returns a link of the calling thread's network namespace. The error
+// wraps ErrNoDevice if there is none of that name.
 func LinkByName(name string) (Link, error) {
 	l, err := netlink.LinkByName(name)
 	if err != nil {
@@ -36,6 +37,21 @@ func LinkByName(name string) (Link, error) {
 	return Link{Name: a.Name, Ifindex: a.Index, Up: a.RawFlags&unix.IFF_UP != 0}, nil
 }
 
+// Links returns all links of the calling thread's network namespace.
+func Links() ([]Link, error) {
+	links, err := netlink.LinkList()
+	// An interrupted dump is followed by a change that wakes who watches.
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	out := make([]Link, len(links))
+	for i, l := range links {
+		a := l.Attrs()
+		out[i] = Link{Name: a.Name, Ifindex: a.Index, Up: a.RawFlags&unix.IFF_UP != 0}
+	}
+	return out, nil
+}
+
 // uapiDir is where implementations in user space have their sockets.
 const uapiDir = "/var/run/wireguard"
 
@@ -43,29 +59,39 @@ const uapiDir = "/var/run/wireguard"
 // network namespace, sorted. It asks for links and not, as wgctrl would, for
 // whole devices: that fails on the socket of an implementation that has died,
 // finds those of other namespaces, and no kernel device if the module was loaded
-// after the client was opened.
+// after the client was opened. The error wraps ErrAccess if there are none to be
+// seen, but may be some in user space.
 func (c *Client) Names() ([]string, error) {
 	links, err := netlink.LinkList()
 	// An interrupted dump is followed by a change that wakes who watches.
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
-	var names []string
+	var (
+		names  []string
+		denied error
+	)
 	for _, l := range links {
 		name := l.Attrs().Name
 		if l.Type() != "wireguard" {
 			if _, err := os.Stat(filepath.Join(uapiDir, name+".sock")); err != nil {
+				if errors.Is(err, fs.ErrPermission) {
+					denied = err
+				}
 				continue
 			}
 		}
 		names = append(names, name)
 	}
+	if len(names) == 0 && denied != nil {
+		return nil, fmt.Errorf("%w: run as root or grant CAP_DAC_OVERRIDE: %w", ErrAccess, denied)
+	}
 	slices.Sort(names)
 	return names, nil
 }
 
-// WatchLinks calls wake after links of this network namespace may have appeared,
-// changed or gone, and once at the start. It is only a wake-up; the callee looks
+// WatchLinks calls wake after links of the calling thread's network namespace may
+// have appeared, changed or gone, and once at the start. It is only a wake-up; the callee looks
 // for itself. It returns when ctx ends, or with an error if the kernel refuses.
 func WatchLinks(ctx context.Context, wake func()) error {
 	for {

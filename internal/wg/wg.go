@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
@@ -25,8 +26,10 @@ import (
 var (
 	// ErrNoDevice: there is no WireGuard device of that name here.
 	ErrNoDevice = errors.New("no such WireGuard device")
-	// ErrPrivilege: reading or writing WireGuard needs CAP_NET_ADMIN.
-	ErrPrivilege = errors.New("missing privilege CAP_NET_ADMIN")
+	// ErrPrivilege: a capability is missing. The message names it.
+	ErrPrivilege = errors.New("missing privilege")
+	// ErrAccess: the socket of an implementation in user space is out of reach.
+	ErrAccess = errors.New("no access to user space WireGuard")
 	// ErrNoKey: the device has no private key yet.
 	ErrNoKey = errors.New("device has no private key")
 )
@@ -64,23 +67,44 @@ type Endpoint struct {
 	Endpoint netip.AddrPort
 }
 
-// Client talks to the WireGuard devices of the network namespace in which it was
-// opened, on threads of that namespace: a call that finds no device looks anew in
-// the namespace of its thread. It is safe for concurrent use, but calls wait for each other: whoever
-// must not wait for another's dump opens a Client of its own.
+// Client talks to the WireGuard devices of a network namespace. It is safe for
+// concurrent use, but calls wait for each other: whoever must not wait for
+// another's dump opens a Client of its own.
+//
+// Implementations in user space are known by name alone, in whatever namespace
+// they are: their sockets are files.
 type Client struct {
+	space *Space
+
 	mu   sync.Mutex
 	ctrl *wgctrl.Client
 }
 
-// Open returns a Client for the network namespace of the calling thread. It
-// succeeds without any WireGuard on the host; that may come later.
-func Open() (*Client, error) {
-	ctrl, err := wgctrl.New()
+// Open returns a Client for the network namespace of the calling thread, to be
+// used on threads of that namespace: a call that finds no device looks anew
+// where it is. It succeeds without any WireGuard on the host; that may come later.
+func Open() (*Client, error) { return (*Space)(nil).Open() }
+
+// Open returns a Client for this namespace, to be used on any thread.
+func (s *Space) Open() (*Client, error) {
+	ctrl, err := s.control()
+	if err != nil {
+		return nil, err
+	}
+	return &Client{space: s, ctrl: ctrl}, nil
+}
+
+// control makes a wgctrl client. Its socket is in the namespace of the thread that
+// made it, whoever uses it.
+func (s *Space) control() (ctrl *wgctrl.Client, err error) {
+	err = s.Do(func() (err error) {
+		ctrl, err = wgctrl.New()
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("open WireGuard control: %w", err)
 	}
-	return &Client{ctrl: ctrl}, nil
+	return ctrl, nil
 }
 
 // Close releases the client.
@@ -98,9 +122,9 @@ func (c *Client) do(device string, f func(*wgctrl.Client) error) error {
 	defer c.mu.Unlock()
 	err := f(c.ctrl)
 	if errors.Is(err, fs.ErrNotExist) {
-		fresh, openErr := wgctrl.New()
+		fresh, openErr := c.space.control()
 		if openErr != nil {
-			return fmt.Errorf("open WireGuard control: %w", openErr)
+			return openErr
 		}
 		_ = c.ctrl.Close() // replaced
 		c.ctrl = fresh
@@ -109,15 +133,18 @@ func (c *Client) do(device string, f func(*wgctrl.Client) error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: %s: create it, or correct the name", ErrNoDevice, device)
+	case errors.Is(err, unix.EACCES):
+		// Of a directory or a socket; netlink says EPERM.
+		return fmt.Errorf("%w, where %s may be: run as their user, which is root in most cases, or grant CAP_DAC_OVERRIDE: %w", ErrAccess, device, err)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%w for %s: run as root or grant it: %w", ErrPrivilege, device, err)
+		return fmt.Errorf("%w CAP_NET_ADMIN for %s: run as root or grant it: %w", ErrPrivilege, device, err)
 	case err != nil:
 		return fmt.Errorf("device %s: %w", device, err)
 	}
 	return nil
 }
 
-// Device dumps a device. The error wraps ErrNoDevice or ErrPrivilege.
+// Device dumps a device. The error wraps ErrNoDevice, ErrPrivilege or ErrAccess.
 //
 // A dump that runs while peers are added or removed may miss some: the kernel
 // marks it NLM_F_DUMP_INTR, which wgctrl does not report. The next one is whole.
@@ -152,8 +179,8 @@ func (c *Client) Device(name string) (Device, error) {
 }
 
 // PrivateKey returns the device's private key as the kernel holds it, clamped.
-// The caller zeroes it after use. The error wraps ErrNoDevice, ErrPrivilege or
-// ErrNoKey.
+// The caller zeroes it after use. The error wraps ErrNoDevice, ErrPrivilege,
+// ErrAccess or ErrNoKey.
 func (c *Client) PrivateKey(name string) ([32]byte, error) {
 	var key [32]byte
 	err := c.do(name, func(ctrl *wgctrl.Client) error {

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+
+package tracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// Rung is a source of observations.
+type Rung string
+
+// The rungs, best first.
+const (
+	RungFentry  Rung = "fentry"
+	RungKprobe  Rung = "kprobe"
+	RungPort    Rung = "port"
+	RungPolling Rung = "polling"
+	RungNone    Rung = "none"
+)
+
+// errUserspace is why the kernel hook is of no use for a device.
+var errUserspace = errors.New("the device is a user space implementation, which the kernel hook cannot see")
+
+// rejectAfter is how long a session lives at most, in every implementation
+// (messages.h REJECT_AFTER_TIME). When the program at the port has been there for
+// so long, it has seen the handshakes of all sessions.
+const rejectAfter = 180 * time.Second
+
+// lookEvery is how often the tracker looks whether the device's socket is still
+// where it was, or there again.
+const lookEvery = time.Second
+
+// ladder is a tracker's place, of its Run goroutine.
+type ladder struct {
+	tap *tap // on the rung port; else nil
+	// What a dump has said of the device, that the rungs depend on.
+	port       uint16
+	kernel     bool
+	peerCount  int
+	suppressed uint64 // hints, before the newest dump
+	// Why the better rungs do not work; nil where they do, or were not tried.
+	hookErr, portErr error
+}
+
+// saw notes what a dump says of the device.
+func (l *ladder) saw(d wg.Device) {
+	l.port, l.kernel, l.peerCount = uint16(d.Port), d.Kernel, len(d.Peers)
+}
+
+// hooked reports whether a rung is one of the kernel hook.
+func hooked(r Rung) bool { return r == RungFentry || r == RungKprobe }
+
+// climb takes the best rung that works. It reports whether that is another one
+// than before: what fell between has to be read from the device then.
+func (t *Tracker) climb() (other bool) {
+	if hooked(t.Status().Rung) {
+		return false
+	}
+	if rung, err := t.climbHook(); err == nil {
+		t.stepOff()
+		t.choose(rung)
+		return true
+	}
+	return t.climbPort()
+}
+
+func (t *Tracker) climbHook() (Rung, error) {
+	t.ladder.hookErr = errUserspace
+	if !t.ladder.kernel {
+		return RungNone, errUserspace
+	}
+	// What the hook remembers of the device from before is for the dump to say.
+	boot, err := bootTime()
+	if err != nil {
+		return RungNone, err
+	}
+	t.mu.Lock()
+	t.dumped = max(t.dumped, boot)
+	t.mu.Unlock()
+	fallback, err := t.cfg.Kernel.follow(t.id(), t.ladder.peerCount, &subscriber{
+		event: t.event, settled: t.settled, lost: t.lost, missed: t.wantDump, broken: t.breaks,
+	})
+	switch {
+	case err != nil:
+		t.ladder.hookErr = err
+		return RungNone, err
+	case fallback != nil:
+		t.ladder.hookErr = fallback
+		return RungKprobe, nil
+	}
+	t.ladder.hookErr = nil
+	return RungFentry, nil
+}
+
+// climbPort takes the rung port, or else polling.
+func (t *Tracker) climbPort() (other bool) {
+	if t.ladder.tap != nil {
+		t.choose(RungPort)
+		return false
+	}
+	t.mu.Lock()
+	t.sessions, t.unnamed, t.hinted = newSessions(), nil, 0
+	t.mu.Unlock()
+	t.ladder.tap, t.ladder.portErr = t.cfg.Port.follow(t.cfg.Space, t.ladder.port, t.ladder.peerCount,
+		&portSubscriber{t.uplinkEvent, t.uplinkLost, t.breaks})
+	if t.ladder.portErr != nil {
+		t.choose(RungPolling)
+		return false
+	}
+	t.ladder.suppressed = 0
+	t.mu.Lock()
+	t.since = time.Now()
+	t.mu.Unlock()
+	t.choose(RungPort)
+	return true
+}
+
+// stepOff leaves the rung port.
+func (t *Tracker) stepOff() {
+	if t.ladder.tap == nil {
+		return
+	}
+	if err := t.ladder.tap.close(); err != nil {
+		t.cfg.Log.Warn("cannot let go of a UDP port", "device", t.cfg.Device, "port", t.ladder.tap.port, "err", err)
+	}
+	t.ladder.tap = nil
+}
+
+// fall leaves a rung that broke. It is not tried again before the next sweep.
+func (t *Tracker) fall(err error) {
+	if t.Status().Rung == RungPort {
+		t.stepOff()
+		t.ladder.portErr = err
+		t.choose(RungPolling)
+		return
+	}
+	t.ladder.hookErr = err
+	t.climbPort()
+}
+
+// look looks after the device's socket: whether it is still at its port, or, if
+// there was none, whether there is one now.
+func (t *Tracker) look(ctx context.Context) error {
+	switch {
+	case t.ladder.tap == nil && !errors.Is(t.ladder.portErr, errNoSocket):
+		return nil // on a better rung, or no socket would help
+	case t.ladder.tap != nil:
+		ok, err := t.ladder.tap.bound()
+		if err != nil {
+			return err
+		}
+		if ok && t.ladder.tap.port == t.ladder.port {
+			return t.listen()
+		}
+		// It may have another port, or be down.
+		t.stepOff()
+		if err := t.dump(ctx, dumpResync); err != nil {
+			return err
+		}
+	}
+	if t.climbPort() {
+		return t.dump(ctx, dumpResync)
+	}
+	return nil
+}
+
+// choose notes the rung.
+func (t *Tracker) choose(rung Rung) {
+	var why []error
+	if t.ladder.hookErr != nil {
+		why = append(why, fmt.Errorf("fentry: %w", t.ladder.hookErr))
+	}
+	if t.ladder.portErr != nil && rung == RungPolling {
+		why = append(why, fmt.Errorf("port: %w", t.ladder.portErr))
+	}
+	reason := ""
+	for i, err := range why {
+		if i > 0 {
+			reason += "; "
+		}
+		reason += err.Error()
+	}
+	t.mu.Lock()
+	same := t.status.Rung == rung && t.status.Reason == reason
+	t.status.Rung, t.status.Reason = rung, reason
+	t.mu.Unlock()
+	switch {
+	case same:
+	case rung == RungPolling:
+		t.cfg.Log.Warn("following endpoint changes by polling: slower, and causes are guesses",
+			"device", t.cfg.Device, "every", t.cfg.Poll, "reason", reason)
+	case reason == "":
+		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung)
+	default:
+		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung, "reason", reason)
+	}
+}
+
+// interval is how often the device is read anyway.
+func (t *Tracker) interval() time.Duration {
+	rung := t.Status().Rung
+	if rung == RungPolling || rung == RungPort && (t.young() || t.ladder.tap.unwatched() != nil) {
+		return t.cfg.Poll
+	}
+	return t.cfg.Sweep
+}
+
+// young reports whether there may be sessions that are older than the program at
+// the port, which knows nothing of them. It is called with or without t.mu held:
+// since does not change while the tracker is on the rung.
+func (t *Tracker) young() bool { return time.Since(t.since) < rejectAfter }
+
+// leave leaves whatever rung the tracker is on.
+func (t *Tracker) leave() error {
+	t.stepOff()
+	return t.cfg.Kernel.unfollow(t.id())
+}
+
+// barrier waits until the events from before the call have been taken.
+func (t *Tracker) barrier(ctx context.Context) (done bool, err error) {
+	if t.ladder.tap != nil {
+		return t.ladder.tap.barrier(ctx)
+	}
+	return t.cfg.Kernel.barrier(ctx)
+}

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+
+package tracker
+
+import (
+	"testing"
+	"time"
+)
+
+// TestPace: work that is asked for all the time gets a tenth of the time, and
+// the first piece after a quiet time does not wait.
+func TestPace(t *testing.T) {
+	for _, test := range []struct{ took, least, between time.Duration }{
+		{took: time.Millisecond, least: 200 * time.Millisecond, between: 200 * time.Millisecond},
+		{took: 50 * time.Millisecond, least: 200 * time.Millisecond, between: 450 * time.Millisecond},
+		{took: 5 * time.Second, least: 200 * time.Millisecond, between: 45 * time.Second},
+		{took: 5 * time.Second, between: 45 * time.Second},
+	} {
+		p := pace{least: test.least}
+		now := time.Now()
+		if rest := p.rest(now); rest > 0 {
+			t.Errorf("rests %v before the first piece", rest)
+		}
+		var worked, waited time.Duration
+		for range 10 {
+			p.did(now, now.Add(test.took))
+			now = now.Add(test.took)
+			worked += test.took
+			rest := p.rest(now)
+			if rest != test.between {
+				t.Errorf("rests %v after %v of work, want %v", rest, test.took, test.between)
+			}
+			waited += rest
+			now = now.Add(rest)
+		}
+		if share := float64(worked) / float64(worked+waited); share > 0.1 {
+			t.Errorf("pieces of %v take %.2f of the time", test.took, share)
+		}
+		if rest := p.rest(now.Add(time.Hour)); rest > 0 {
+			t.Errorf("rests %v after a quiet hour", rest)
+		}
+	}
+}
