@@ -34,30 +34,17 @@ func TestABI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	checkABI(t, spec.Types, map[string]reflect.Type{
-		"peer_event":    reflect.TypeFor[peerPeerEvent](),
-		"peer_endpoint": reflect.TypeFor[peerPeerEndpoint](),
-		"device_id":     reflect.TypeFor[peerDeviceId](),
-	})
-	for name, want := range map[string][2]uint32{
-		peerMapDevices: {uint32(unsafe.Sizeof(peerDeviceId{})), 1},
-		peerMapLatest:  {8, uint32(unsafe.Sizeof(peerPeerEvent{}))},
-	} {
-		if m := spec.Maps[name]; m.KeySize != want[0] || m.ValueSize != want[1] {
-			t.Errorf("map %s: key of %d bytes, value of %d, want %v", name, m.KeySize, m.ValueSize, want)
-		}
-	}
-}
-
-func checkABI(t *testing.T, types *btf.Spec, goTypes map[string]reflect.Type) {
-	t.Helper()
 	type member struct {
 		name         string
 		offset, size int
 	}
-	for name, goType := range goTypes {
+	for name, goType := range map[string]reflect.Type{
+		"peer_event":    reflect.TypeFor[peerPeerEvent](),
+		"peer_endpoint": reflect.TypeFor[peerPeerEndpoint](),
+		"device_id":     reflect.TypeFor[peerDeviceId](),
+	} {
 		var c *btf.Struct
-		if err := types.TypeByName(name, &c); err != nil {
+		if err := spec.Types.TypeByName(name, &c); err != nil {
 			t.Errorf("struct %s: %v", name, err)
 			continue
 		}
@@ -79,6 +66,15 @@ func checkABI(t *testing.T, types *btf.Spec, goTypes map[string]reflect.Type) {
 		}
 		if diff := cmp.Diff(want, got, cmp.AllowUnexported(member{})); diff != "" {
 			t.Errorf("struct %s (-C +Go):\n%s", name, diff)
+		}
+	}
+
+	for name, want := range map[string][2]uint32{
+		peerMapDevices: {uint32(unsafe.Sizeof(peerDeviceId{})), 1},
+		peerMapLatest:  {8, uint32(unsafe.Sizeof(peerPeerEvent{}))},
+	} {
+		if m := spec.Maps[name]; m.KeySize != want[0] || m.ValueSize != want[1] {
+			t.Errorf("map %s: key of %d bytes, value of %d, want %v", name, m.KeySize, m.ValueSize, want)
 		}
 	}
 }

@@ -6,10 +6,12 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 	"unsafe"
 
+	"github.com/cilium/ebpf/btf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
@@ -42,6 +44,41 @@ func TestUplinkABI(t *testing.T) {
 	for kind := UplinkInitiation; kind <= UplinkConfirmed; kind++ {
 		if kind.String() == (kind+100).String() || kind.String() == "" {
 			t.Errorf("kind %d has no name", kind)
+		}
+	}
+}
+
+// checkABI compares C structs with Go structs.
+func checkABI(t *testing.T, types *btf.Spec, goTypes map[string]reflect.Type) {
+	t.Helper()
+	type member struct {
+		name         string
+		offset, size int
+	}
+	for name, goType := range goTypes {
+		var c *btf.Struct
+		if err := types.TypeByName(name, &c); err != nil {
+			t.Errorf("struct %s: %v", name, err)
+			continue
+		}
+		if int(c.Size) != int(goType.Size()) {
+			t.Errorf("struct %s has %d bytes in C, %d in Go", name, c.Size, goType.Size())
+		}
+		var want, got []member
+		for _, m := range c.Members {
+			size, err := btf.Sizeof(m.Type)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want = append(want, member{strings.ReplaceAll(m.Name, "_", ""), int(m.Offset.Bytes()), size})
+		}
+		for f := range goType.Fields() {
+			if f.Name != "_" {
+				got = append(got, member{strings.ToLower(f.Name), int(f.Offset), int(f.Type.Size())})
+			}
+		}
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(member{})); diff != "" {
+			t.Errorf("struct %s (-C +Go):\n%s", name, diff)
 		}
 	}
 }
