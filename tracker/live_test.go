@@ -762,7 +762,7 @@ func liveHostile(t *testing.T, kernel *Kernel) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close()
+		t.Cleanup(func() { conn.Close() })
 		conns = append(conns, conn)
 	}
 	before, limited, began := v.Status(), kernel.Limited(), time.Now()
