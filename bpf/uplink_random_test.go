@@ -26,9 +26,9 @@ type found struct {
 	peer  netip.AddrPort
 }
 
-// read reads a packet as the programs do, in another way: it is what they are
+// parsePacket reads a packet as the programs do, in another way: it is what they are
 // compared with. ok is that the packet is a message from or to the device's port.
-func read(b []byte, bare, out bool) (f found, ok bool) {
+func parsePacket(b []byte, bare, out bool) (f found, ok bool) {
 	ethertype := uint16(0x86dd)
 	if bare {
 		if len(b) > 0 && b[0]>>4 == 4 {
@@ -245,7 +245,7 @@ func (w *wire) random(rng *rand.Rand, packets int) {
 				binary.LittleEndian.PutUint32(packet[s.sender:], rng.Uint32())
 			}
 			packet = mutate(rng, packet)
-			f, ok := read(packet, s.bare, s.out)
+			f, ok := parsePacket(packet, s.bare, s.out)
 			verdict, err := runner.run(s.prog, packet)
 			if errors.Is(err, unix.EINVAL) { // too short for a kernel that checks
 				refused++
