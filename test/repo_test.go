@@ -128,7 +128,7 @@ func TestUnitFile(t *testing.T) {
 	text := read(t, "contrib/systemd/wgroam.service")
 	want := strings.Join(capNames(capSet(forAll...)), " ")
 	for _, key := range []string{"AmbientCapabilities", "CapabilityBoundingSet"} {
-		found := regexp.MustCompile(`(?m)^` + key + `=(.*)$`).FindAllStringSubmatch(text, -1)
+		found := regexp.MustCompile(`(?m)^`+key+`=(.*)$`).FindAllStringSubmatch(text, -1)
 		if len(found) != 1 {
 			t.Errorf("%s is there %d times, want once", key, len(found))
 			continue
