@@ -144,7 +144,7 @@ func TestUnitFile(t *testing.T) {
 		"a device with `netns`":                forNetns,
 		"WireGuard in user space":              forSockets,
 	} {
-		row := regexp.MustCompile(`(?m)^\| ` + regexp.QuoteMeta(what) + `[^|]*\|([^|]*)\|`).FindStringSubmatch(readme)
+		row := regexp.MustCompile(`(?m)^ *\| ` + regexp.QuoteMeta(what) + `[^|]*\|([^|]*)\|`).FindStringSubmatch(readme)
 		if row == nil || capsOf(strings.NewReplacer("`", "", ",", "").Replace(row[1])) != capsOf(strings.Join(capNames(capSet(caps...)), " ")) {
 			t.Errorf("README.md says %q for %s, want %q", row, what, capNames(capSet(caps...)))
 		}
