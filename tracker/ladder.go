@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/wgroam/wgroam/internal/wg"
@@ -171,20 +172,14 @@ func (t *Tracker) look(ctx context.Context) error {
 
 // choose notes the rung.
 func (t *Tracker) choose(rung Rung) {
-	var why []error
+	var why []string
 	if t.ladder.hookErr != nil {
-		why = append(why, fmt.Errorf("fentry: %w", t.ladder.hookErr))
+		why = append(why, fmt.Sprintf("fentry: %v", t.ladder.hookErr))
 	}
 	if t.ladder.portErr != nil && rung == RungPolling {
-		why = append(why, fmt.Errorf("port: %w", t.ladder.portErr))
+		why = append(why, fmt.Sprintf("port: %v", t.ladder.portErr))
 	}
-	reason := ""
-	for i, err := range why {
-		if i > 0 {
-			reason += "; "
-		}
-		reason += err.Error()
-	}
+	reason := strings.Join(why, "; ")
 	t.mu.Lock()
 	same := t.status.Rung == rung && t.status.Reason == reason
 	t.status.Rung, t.status.Reason = rung, reason

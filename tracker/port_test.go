@@ -51,6 +51,14 @@ func eachDevice(t *testing.T, f func(*testing.T, lab.Config)) {
 // provenAt waits until a client is proven at an endpoint.
 func (v *live) provenAt(c *lab.Client, ep netip.AddrPort) {
 	v.t.Helper()
+	defer func() {
+		if !v.t.Failed() {
+			return
+		}
+		has, err := v.gw.Endpoint(c.Key())
+		held, _ := v.view.Get(c.Key())
+		v.t.Logf("the device has %v (%v), the view %+v; status %+v", has, err, held, v.Status())
+	}()
 	await(v.t, fmt.Sprintf("the client is proven at %v", ep), func() bool {
 		_, proven := v.said()
 		for _, o := range proven {
