@@ -340,6 +340,9 @@ static __always_inline void send_handshake(struct __sk_buff *skb, const struct p
 		/* Cannot happen: it does not fit into the packet. */
 		if (bpf_skb_load_bytes(skb, p->message, event.message, RESPONSE_MAC1))
 			return;
+		/* That no data has gone there is not to be forgotten over an older
+		 * session that had the index. */
+		bpf_map_delete_elem(&late, &peer);
 		bpf_map_update_elem(&remotes, &peer, &remote, BPF_ANY);
 		begin_event(&event, p, UPLINK_RESPONSE);
 		event.remote = peer.index;
