@@ -128,7 +128,7 @@ func TestUnitFile(t *testing.T) {
 	text := read(t, "contrib/systemd/wgroam.service")
 	want := strings.Join(capNames(capSet(forAll...)), " ")
 	for _, key := range []string{"AmbientCapabilities", "CapabilityBoundingSet"} {
-		found := regexp.MustCompile(`(?m)^` + key + `=(.*)$`).FindAllStringSubmatch(text, -1)
+		found := regexp.MustCompile(`(?m)^`+key+`=(.*)$`).FindAllStringSubmatch(text, -1)
 		if len(found) != 1 {
 			t.Errorf("%s is there %d times, want once", key, len(found))
 			continue
@@ -144,7 +144,7 @@ func TestUnitFile(t *testing.T) {
 		"a device with `netns`":                forNetns,
 		"WireGuard in user space":              forSockets,
 	} {
-		row := regexp.MustCompile(`(?m)^\| ` + regexp.QuoteMeta(what) + `[^|]*\|([^|]*)\|`).FindStringSubmatch(readme)
+		row := regexp.MustCompile(`(?m)^ *\| ` + regexp.QuoteMeta(what) + `[^|]*\|([^|]*)\|`).FindStringSubmatch(readme)
 		if row == nil || capsOf(strings.NewReplacer("`", "", ",", "").Replace(row[1])) != capsOf(strings.Join(capNames(capSet(caps...)), " ")) {
 			t.Errorf("README.md says %q for %s, want %q", row, what, capNames(capSet(caps...)))
 		}
