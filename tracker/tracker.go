@@ -6,8 +6,8 @@
 // A Tracker uses the best source that works for its device, its rung of the
 // ladder: the kernel hook, the UDP port, or else polling. All end in the same
 // place, and a dump of the device stands behind each: at the start, after events
-// were lost, after events that do not follow from each other, and every few
-// minutes to prove that nothing was missed.
+// were lost, where the device is not as the events say, and every few minutes to
+// prove that nothing was missed.
 package tracker
 
 import (
@@ -78,8 +78,9 @@ type Status struct {
 	Reason string
 	// Events counts changes of endpoints.
 	Events uint64
-	// Resyncs counts dumps that were asked for: at the UDP port mostly by hints, else because events were lost or out of order, or
-	// peers were missing in the one before.
+	// Resyncs counts dumps that were asked for: at the UDP port mostly by hints,
+	// else because events were lost or not what the device did, or peers were
+	// missing in the one before.
 	Resyncs uint64
 	// SweepRepairs counts peers whose endpoint only the sweep got right. It
 	// stays zero unless something is wrong.
