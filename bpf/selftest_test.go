@@ -249,7 +249,7 @@ func parseTrace(t *testing.T, line string) (uint64, change) {
 	t.Helper()
 	num := make(map[string]uint64)
 	var c change
-	for _, field := range strings.Fields(line) {
+	for field := range strings.FieldsSeq(line) {
 		name, value, ok := strings.Cut(field, "=")
 		if !ok {
 			continue
