@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam/bpf"
+	"github.com/wgroam/wgroam/internal/privilege"
 	"github.com/wgroam/wgroam/internal/wg"
 )
 
@@ -179,7 +180,11 @@ func (t *tap) unwatched() error {
 // openSpace attaches the program to the links of a namespace, which it takes
 // over.
 func openSpace(ns *wg.Space, peers int) (*space, error) {
-	uplink, err := bpf.OpenUplink(peers)
+	var uplink *bpf.Uplink
+	err := privilege.With(func() (err error) {
+		uplink, err = bpf.OpenUplink(peers)
+		return err
+	})
 	if err != nil {
 		return nil, errors.Join(err, ns.Close())
 	}
@@ -227,7 +232,7 @@ func (s *space) attach() error {
 	present := make(map[int]bool, len(links))
 	for _, l := range links {
 		// Each time: somebody else may have removed it.
-		err := s.uplink.Attach(l.Ifindex)
+		err := privilege.With(func() error { return s.uplink.Attach(l.Ifindex) })
 		if errors.Is(err, unix.ENODEV) {
 			continue // gone again
 		}
