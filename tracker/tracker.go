@@ -121,6 +121,7 @@ type peer struct {
 	confirmed   time.Duration
 	confirmedAt netip.AddrPort
 	received    int64 // bytes, in the newest dump
+	earlier     int64 // and in the one before
 	missing     bool  // in the newest dump
 	// With polling: an endpoint that the newest dump showed for the first time,
 	// without a byte received that could have brought it.
@@ -415,6 +416,9 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			p = &peer{}
 			t.peers[dp.Key] = p
 		}
+		if dp.Received < p.received {
+			p.received, p.earlier = 0, 0 // removed and added again
+		}
 		spoke := dp.Received > p.received
 		if p.pending != nil && p.pending.New == dp.Endpoint && dp.LastHandshake.After(p.pending.At) {
 			// The confirmation was lost.
@@ -423,7 +427,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		if known && (p.boot >= start || !onPort && p.boot >= start-settle) {
 			// An event came while the device was being read, or so shortly
 			// before that the kernel may not have acted on it: it is newer.
-			p.received = dp.Received
+			p.earlier, p.received = p.received, dp.Received
 			continue
 		}
 		held, seen := t.cfg.View.Get(dp.Key)
@@ -439,8 +443,11 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			}
 			continue
 		}
-		received := p.received
-		p.received = dp.Received
+		received, earlier := p.received, p.earlier
+		p.earlier, p.received = p.received, dp.Received
+		if !known {
+			p.earlier = dp.Received // there is no dump before the first
+		}
 		if seen && held.Endpoint == dp.Endpoint {
 			// Nothing new, or what the applier has just written: with polling,
 			// the View is the first to know.
@@ -452,7 +459,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			// dump knows, and what the peer has said may explain it.
 			later = true
 			if moved {
-				p.received = received
+				p.received, p.earlier = received, earlier
 			}
 			continue
 		}
@@ -469,6 +476,12 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			// The View knows of a write that has not happened.
 			t.cfg.View.Set(dp.Key, wgroam.Holding{Endpoint: dp.Endpoint, Cause: wgroam.CauseConfig, At: now})
 			continue
+		}
+		if unhooked {
+			// wireguard-go tells the endpoint before it counts the bytes (device/uapi.go,
+			// IpcGetOperation), so that the last dump may have had those of
+			// the packet that brought this endpoint.
+			spoke = dp.Received > earlier
 		}
 		at := now
 		if onPort && known {

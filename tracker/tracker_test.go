@@ -542,6 +542,29 @@ func TestPolling(t *testing.T) {
 			changed: []said{{alice, at(1), at(2), wgroam.CauseData}},
 			ep:      at(2), cause: wgroam.CauseData,
 		},
+		"a roam whose bytes were counted before the endpoint was read": {
+			feed: func(f *fed) {
+				f.dumped(1000, dumpSweep, peer(at(1), 200))
+				f.dumped(2000, dumpSweep, peer(at(2), 200))
+			},
+			changed: []said{{alice, at(1), at(2), wgroam.CauseData}},
+			ep:      at(2), cause: wgroam.CauseData,
+		},
+		"a roam of a peer that was removed and added again": {
+			feed:    func(f *fed) { f.dumped(1000, dumpSweep, peer(at(2), 50)) },
+			changed: []said{{alice, at(1), at(2), wgroam.CauseData}},
+			ep:      at(2), cause: wgroam.CauseData,
+		},
+		"configuration long after the peer spoke": {
+			feed: func(f *fed) {
+				f.dumped(1000, dumpSweep, peer(at(1), 200))
+				f.dumped(2000, dumpSweep, peer(at(1), 200))
+				f.dumped(3000, dumpSweep, peer(at(2), 200))
+				f.dumped(4000, dumpSweep, peer(at(2), 200))
+			},
+			changed: []said{{alice, at(1), at(2), wgroam.CauseConfig}},
+			ep:      at(2), cause: wgroam.CauseConfig,
+		},
 		"configuration": {
 			feed: func(f *fed) {
 				f.dumped(1000, dumpSweep, peer(at(2), 100))
