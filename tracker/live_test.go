@@ -188,6 +188,39 @@ func startWith(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duratio
 // be sessions which are older.
 func startAt(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration, young bool) *live {
 	t.Helper()
+	v := prepare(t, gw, kernel, sweep)
+	want := RungFentry
+	if kernel.attach != nil {
+		want = RungKprobe
+	}
+	switch {
+	case ports[kernel] != nil:
+		want = RungPort
+	case kernel.closed:
+		want = RungPolling
+	}
+	if s := v.Status(); s.Rung != want || (s.Reason == "") != (want == RungFentry) {
+		t.Fatalf("status %+v, want rung %s", s, want)
+	}
+	if !young {
+		// As if all sessions had begun since: nothing is polled any more.
+		v.since = time.Now().Add(-rejectAfter)
+	}
+	v.run()
+	return v
+}
+
+// startRefused starts a tracker, on whatever rung.
+func startRefused(t testing.TB, gw *lab.Gateway, kernel *Kernel) *live {
+	t.Helper()
+	v := prepare(t, gw, kernel, time.Hour)
+	v.run()
+	return v
+}
+
+// prepare makes a tracker that has yet to run.
+func prepare(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration) *live {
+	t.Helper()
 	port := ports[kernel]
 	if port == nil {
 		port = &Port{closed: true}
@@ -234,28 +267,15 @@ func startAt(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration,
 	if err := v.Start(); err != nil {
 		t.Fatal(err)
 	}
-	want := RungFentry
-	if kernel.attach != nil {
-		want = RungKprobe
-	}
-	switch {
-	case ports[kernel] != nil:
-		want = RungPort
-	case kernel.closed:
-		want = RungPolling
-	}
-	if s := v.Status(); s.Rung != want || (s.Reason == "") != (want == RungFentry) {
-		t.Fatalf("status %+v, want rung %s", s, want)
-	}
-	if !young {
-		// As if all sessions had begun since: nothing is polled any more.
-		v.since = time.Now().Add(-rejectAfter)
-	}
+	return v
+}
+
+// run runs the tracker until the test ends, or stop is called.
+func (v *live) run() {
 	var ctx context.Context
 	ctx, v.cancel = context.WithCancel(context.Background())
 	go func() { v.done <- v.Run(ctx) }()
-	t.Cleanup(func() { v.stop() })
-	return v
+	v.t.Cleanup(func() { v.stop() })
 }
 
 // stop ends Run and returns how long that took.
