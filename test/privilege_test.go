@@ -25,6 +25,7 @@ const nobody = 65534
 var (
 	forPolling = []int{unix.CAP_NET_ADMIN}
 	forFentry  = []int{unix.CAP_NET_ADMIN, unix.CAP_SYS_ADMIN}
+	forPort    = []int{unix.CAP_NET_ADMIN, unix.CAP_BPF, unix.CAP_PERFMON}
 	forNetns   = []int{unix.CAP_NET_ADMIN, unix.CAP_SYS_ADMIN}
 	forProcess = []int{unix.CAP_SYS_PTRACE} // besides, for /proc/PID/ns/net of others
 	forSockets = []int{unix.CAP_DAC_OVERRIDE}
@@ -184,14 +185,22 @@ func TestPrivilegesUser(t *testing.T) {
 	confined(t, a, confinement{UID: nobody}, "watch").fails("CAP_DAC_OVERRIDE")
 	confined(t, a, confinement{UID: nobody}, "watch", "--device", a.Device()).fails("CAP_DAC_OVERRIDE")
 
-	for _, who := range []confinement{
-		{UID: nobody, Caps: forSockets},
-		{UID: 0}, // the owner
+	for _, who := range []struct {
+		confinement
+		rung, missing string
+	}{
+		{confinement{UID: nobody, Caps: forSockets}, control.RungPolling, "CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN"},
+		{confinement{UID: 0}, control.RungPolling, "CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN"}, // the owner
+		{confinement{UID: 0, Caps: forPort[:2]}, control.RungPolling, "needs CAP_PERFMON:"},
+		{confinement{UID: 0, Caps: forPort}, control.RungPort, ""},
+		{confinement{UID: 0, Caps: forAll}, control.RungPort, ""},
 	} {
-		n := daemonAs(t, a, who, a.Device(), "")
+		n := daemonAs(t, a, who.confinement, a.Device(), "")
 		n.says("following endpoint changes")
 		n.awaitRecord(c.Key(), c.Endpoint())
 		n.awaitRecord(c.Key(), roam(t, c, 0))
+		n.awaitRung(who.rung, who.missing)
+		n.usesSeldom(who.Caps...)
 		n.stop()
 	}
 }

@@ -141,6 +141,7 @@ func TestUnitFile(t *testing.T) {
 	for what, caps := range map[string][]int{
 		"reading and writing kernel WireGuard": forPolling,
 		"the kernel hook":                      forFentry,
+		"the program at the UDP port":          forPort,
 		"a device with `netns`":                forNetns,
 		"WireGuard in user space":              forSockets,
 	} {

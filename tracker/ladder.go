@@ -127,7 +127,7 @@ func (t *Tracker) stepOff() {
 		return
 	}
 	if err := t.ladder.tap.close(); err != nil {
-		t.cfg.Log.Warn("cannot let go of a UDP port", "device", t.cfg.Device, "port", t.ladder.tap.port, "err", err)
+		t.cfg.Log.Warn("cannot let go of a UDP port", "port", t.ladder.tap.port, "err", err)
 	}
 	t.ladder.tap = nil
 }
@@ -188,11 +188,11 @@ func (t *Tracker) choose(rung Rung) {
 	case same:
 	case rung == RungPolling:
 		t.cfg.Log.Warn("following endpoint changes by polling: slower, and causes are guesses",
-			"device", t.cfg.Device, "every", t.cfg.Poll, "reason", reason)
+			"every", t.cfg.Poll, "reason", reason)
 	case reason == "":
-		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung)
+		t.cfg.Log.Info("following endpoint changes", "by", rung)
 	default:
-		t.cfg.Log.Info("following endpoint changes", "device", t.cfg.Device, "by", rung, "reason", reason)
+		t.cfg.Log.Info("following endpoint changes", "by", rung, "reason", reason)
 	}
 }
 

@@ -223,7 +223,7 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 			return err
 		case err != nil:
 			// The next dump may succeed; the rung goes on meanwhile.
-			t.cfg.Log.Error("cannot read device", "device", t.cfg.Device, "err", err)
+			t.cfg.Log.Error("cannot read device", "err", err)
 		}
 		if now := t.interval(); now != every {
 			every = now
@@ -312,8 +312,7 @@ func (t *Tracker) lost(first bool) {
 	if !first {
 		return
 	}
-	t.cfg.Log.Warn("the kernel had more endpoint changes than the ring buffer could hold; "+
-		"taking the newest of each peer", "device", t.cfg.Device)
+	t.cfg.Log.Warn("the kernel had more endpoint changes than the ring buffer could hold; taking the newest of each peer")
 }
 
 // breaks notes that the rung does not work any more.

@@ -124,7 +124,7 @@ func watchAlone(ctx context.Context, e env, device string, out *eventPrinter) er
 		t := tracker.New(tracker.Config{
 			Device: link.Name, Ifindex: link.Ifindex, Netns: netns,
 			Kernel: &kernel, Port: &port, WG: client, View: wgroam.NewView(),
-			Poll: defaultPoll, Sweep: defaultSweep, Log: e.log,
+			Poll: defaultPoll, Sweep: defaultSweep, Log: e.log.With("device", link.Name),
 			Proven: func(wgroam.Observation) {},
 			Changed: func(o wgroam.Observation) {
 				if !isChange(o) {
