@@ -143,12 +143,24 @@ func BenchmarkHook(b *testing.B) {
 	hook.links = hook.links[:last]
 	hooks, empties := []*ebpf.Program{hook.objs.SetPeerEndpoint}, loadEmpty(b, copies)
 	hooks = append(hooks, loadCopies(b, hook, copies-1)...)
+	second, err := AttachKprobe(1)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer second.Close()
+	last = len(second.links) - 1
+	if err := second.links[last].Close(); err != nil {
+		b.Fatal(err)
+	}
+	second.links = second.links[:last]
 
 	dev := deviceOf(b, gw, gw.Device())
 	nothing := variant{"nothing attached", nil, hook.Unfollow}
 	empty := variant{"empty program", empties[:1], hook.Unfollow}
 	followed := variant{"hook, device followed", hooks[:1], hook.Follow}
-	single := []variant{nothing, empty, {"hook, device not followed", hooks[:1], hook.Unfollow}, followed}
+	emptyKprobe := variant{"empty kprobe program", []*ebpf.Program{loadEmptyKprobe(b)}, hook.Unfollow}
+	kprobe := variant{"hook by kprobe, followed", []*ebpf.Program{second.objs.SetPeerEndpoint}, second.Follow}
+	single := []variant{nothing, empty, {"hook, device not followed", hooks[:1], hook.Unfollow}, followed, emptyKprobe, kprobe}
 	many := []variant{
 		nothing,
 		{fmt.Sprintf("%d empty programs", copies), empties, hook.Unfollow},
@@ -196,7 +208,7 @@ func BenchmarkHook(b *testing.B) {
 			}))
 	})
 	for _, family := range []string{"IPv4", "IPv6"} {
-		b.Run("own-time/"+family, func(b *testing.B) { ownTime(b, s, dev, []variant{empty, followed}, family) })
+		b.Run("own-time/"+family, func(b *testing.B) { ownTime(b, s, dev, []variant{empty, followed, emptyKprobe, kprobe}, family) })
 		if _, err := c.RoamFamily(); err != nil {
 			b.Fatal(err)
 		}
@@ -222,6 +234,20 @@ func loadEmpty(b *testing.B, n int) []*ebpf.Program {
 		out = append(out, prog)
 	}
 	return out
+}
+
+// loadEmptyKprobe loads what any kprobe costs.
+func loadEmptyKprobe(b *testing.B) *ebpf.Program {
+	b.Helper()
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "empty", Type: ebpf.Kprobe, License: "Dual MIT/GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { prog.Close() })
+	return prog
 }
 
 // loadCopies loads the hook's program again, with its maps: the kernel does not
@@ -265,7 +291,15 @@ func (v variant) attach(b *testing.B, dev Device) (detach func()) {
 	}
 	var links []link.Link
 	for _, prog := range v.progs {
-		l, err := link.AttachTracing(link.TracingOptions{Program: prog})
+		var (
+			l   link.Link
+			err error
+		)
+		if prog.Type() == ebpf.Kprobe {
+			l, err = link.Kprobe("wg_socket_set_peer_endpoint", prog, nil)
+		} else {
+			l, err = link.AttachTracing(link.TracingOptions{Program: prog})
+		}
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -362,7 +396,7 @@ func ownTime(b *testing.B, s *lab.Stream, dev Device, variants []variant, family
 		}
 		return st
 	}
-	var ns [2][]float64
+	ns := make([][]float64, len(variants))
 	for range rounds {
 		for i, v := range variants {
 			before := read(v.progs[0])
