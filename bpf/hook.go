@@ -113,8 +113,12 @@ func Attach(peers int) (*Hook, error) {
 		return h, err
 	}
 	h, second := AttachKprobe(peers)
-	if second != nil {
-		return nil, fmt.Errorf("%w; %w", err, second)
+	switch {
+	case second == nil:
+	case second.Error() == err.Error():
+		return nil, err // what keeps out both
+	default:
+		return nil, fmt.Errorf("%w; by kprobe: %w", err, second)
 	}
 	h.Fallback = err
 	return h, nil

@@ -128,7 +128,8 @@ func TestDeviceComesAndGoes(t *testing.T) {
 	}
 }
 
-// TestNoBTF: a kernel without BTF is polled, and the status says why.
+// TestNoBTF: on a kernel without BTF the UDP port is watched, and the status says
+// why.
 func TestNoBTF(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	needKernel(t, l)
@@ -153,7 +154,7 @@ func TestNoBTF(t *testing.T) {
 	p.says("following endpoint changes")
 
 	n := &node{process: p, gw: a, socket: filepath.Join(dirA, "control.sock")}
-	n.awaitRung(control.RungPolling, "BTF")
+	n.awaitRung(control.RungPort, "BTF")
 	ping(t, c)
 	awaitEndpoint(t, h, c, c.Endpoint())
 	for i := range 6 {
