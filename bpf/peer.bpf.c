@@ -335,8 +335,9 @@ int look(struct bpf_raw_tracepoint_args *ctx)
 	/* The kernel may have freed it. No two peers have the same internal_id
 	 * (peer.c, wg_peer_create), and what is freed is zeroed (peer.c, rcu_release). */
 	peer = (struct wg_peer *)state->peer;
-	if (bpf_core_read(&found, sizeof(found), &peer->internal_id) || found != id ||
-	    bpf_core_read(&outer, sizeof(outer), &peer->endpoint.addr))
+	/* The number last: whose it still is then, it was all the time. */
+	if (bpf_core_read(&outer, sizeof(outer), &peer->endpoint.addr) ||
+	    bpf_core_read(&found, sizeof(found), &peer->internal_id) || found != id)
 		return 0;
 	looked.family = outer.family;
 	looked.port = outer.port;
