@@ -7,6 +7,7 @@ import (
 	"io"
 	"testing"
 
+	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
@@ -56,7 +57,10 @@ func throughput(b *testing.B, cfg lab.Config, packets int) {
 		if with == 1 {
 			dir := b.TempDir()
 			n := startNode(b, gw, dir, config(gw, dir))
-			rung = n.status().Detector.Rung
+			await(b, "the device is followed", func() (bool, string) {
+				rung = n.status().Detector.Rung
+				return rung != control.RungNone, rung
+			})
 			defer n.stop()
 		}
 		push()
