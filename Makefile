@@ -59,8 +59,6 @@ test-selftest-%:
 	CGO_ENABLED=0 go test -c -tags 'vm selftest' -o .cache/vm/selftest/ ./bpf
 	@test/vm/selftest $* bpf.test -test.v -test.timeout 19m -test.run TestSelftest
 
-SECONDS ?= 1800
-
 # Static, for the machine has no C library; race detection makes it three times slower, where QEMU makes it fifty.
 vm-tests: build
 	CGO_ENABLED=1 go test -race -c -tags 'vm netgo osusergo' -ldflags '-linkmode external -extldflags -static' -o .cache/vm/tests/ $(VM_PACKAGES)

@@ -148,7 +148,7 @@ func (t *Tracker) fall(err error) {
 // there was none, whether there is one now.
 func (t *Tracker) look(ctx context.Context) error {
 	switch {
-	case t.ladder.tap == nil && !errors.Is(t.ladder.portErr, errNoSocket):
+	case t.ladder.tap == nil && !errors.Is(t.ladder.portErr, errNoSocket) && !errors.Is(t.ladder.portErr, errTaken):
 		return nil // on a better rung, or no socket would help
 	case t.ladder.tap != nil:
 		ok, err := t.ladder.tap.bound()
@@ -156,7 +156,10 @@ func (t *Tracker) look(ctx context.Context) error {
 			return err
 		}
 		if ok && t.ladder.tap.port == t.ladder.port {
-			return t.listen()
+			// A socket elsewhere was the best guess while there was none at home.
+			if ok, err = t.ladder.tap.guess(t.cfg.Space); err != nil || !ok {
+				return errors.Join(err, t.listen())
+			}
 		}
 		// It may have another port, or be down.
 		t.stepOff()

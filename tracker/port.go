@@ -66,6 +66,10 @@ type tap struct {
 
 var errPortClosed = errors.New("port program is closed")
 
+// errTaken: two devices cannot have one socket; one was found by mistake, or has
+// yet to let go of its old port.
+var errTaken = errors.New("another device is followed at this UDP port")
+
 // follow makes sub hear of what passes a device's UDP port from now on, on all
 // links of the namespace that has the socket. home is the device's own
 // namespace, and peers the number of its peers. The error wraps errNoSocket if
@@ -155,6 +159,16 @@ func (t *tap) close() error {
 	err := t.s.unfollow(t.port)
 	t.p.release(t)
 	return err
+}
+
+// guess reports whether the socket is in another namespace than the device,
+// although one is bound to the port in the device's own.
+func (t *tap) guess(home *wg.Space) (bool, error) {
+	id, err := home.Inode()
+	if err != nil || id == t.id {
+		return false, err
+	}
+	return bound(home, t.port)
 }
 
 // bound reports whether the socket is still there.
@@ -258,7 +272,7 @@ func (s *space) follow(port uint16, sub *portSubscriber) error {
 		return s.broken
 	}
 	if s.subs[port] != nil {
-		return fmt.Errorf("another device of the namespace has port %d", port)
+		return fmt.Errorf("%w: %d", errTaken, port)
 	}
 	// Before the kernel knows of the port, so that no event finds nobody.
 	s.subs[port] = sub

@@ -23,9 +23,10 @@ const (
 
 // finding is one thing that check looked at.
 type finding struct {
-	Device string `json:"device"` // empty: the node
-	Check  string `json:"check"`  // daemon, hook, device, detector, losses, applier, feed
-	State  string `json:"state"`  // ok, warn, fail
+	Device string `json:"device"`          // empty: the node
+	Netns  string `json:"netns,omitempty"` // as in the status
+	Check  string `json:"check"`           // daemon, hook, device, detector, losses, applier, snapshot, feed
+	State  string `json:"state"`           // ok, warn, fail
 	Detail string `json:"detail"`
 	Do     string `json:"do"` // what to do about it; empty when ok
 }
@@ -56,7 +57,7 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	switch err := control.Get(ctx, *socket, control.VerbStatus, &status); {
 	case errors.Is(err, control.ErrNoDaemon):
 		report.Checks = []finding{
-			{"", "daemon", checkFail, fmt.Sprintf("no daemon answers on %s", *socket), "start one with wgroam run, or pass --socket"},
+			{Check: "daemon", State: checkFail, Detail: fmt.Sprintf("no daemon answers on %s", *socket), Do: "start one with wgroam run, or pass --socket"},
 			checkHook(),
 		}
 	case err != nil:
@@ -82,9 +83,9 @@ func printReport(e env, report checkReport, asJSON bool) error {
 	}
 	w := tabwriter.NewWriter(e.stdout, 0, 0, 2, ' ', 0)
 	for _, f := range report.Checks {
-		device := f.Device
-		if device == "" {
-			device = "-"
+		device := "-"
+		if f.Device != "" {
+			device = where(f.Device, f.Netns)
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", f.State, device, f.Check, f.Detail)
 		if f.Do != "" {
@@ -98,17 +99,17 @@ func printReport(e env, report checkReport, asJSON bool) error {
 func checkHook() finding {
 	hook, err := bpf.Attach(1)
 	if err != nil {
-		return finding{"", "hook", checkWarn, err.Error(), "wgroam will use the best source that is left, and say which in status"}
+		return finding{Check: "hook", State: checkWarn, Detail: err.Error(), Do: "wgroam will use the best source that is left, and say which in status"}
 	}
 	if err := hook.Close(); err != nil {
-		return finding{"", "hook", checkWarn, err.Error(), "report this"}
+		return finding{Check: "hook", State: checkWarn, Detail: err.Error(), Do: "report this"}
 	}
-	return finding{"", "hook", checkOK, "the kernel hook can be attached", ""}
+	return finding{Check: "hook", State: checkOK, Detail: "the kernel hook can be attached"}
 }
 
 // checkStatus judges what the daemon says of itself.
 func checkStatus(s control.Status) []finding {
-	out := []finding{{"", "daemon", checkOK, fmt.Sprintf("%s runs version %s", s.Node, s.Version), ""}}
+	out := []finding{{Check: "daemon", State: checkOK, Detail: fmt.Sprintf("%s runs version %s", s.Node, s.Version)}}
 	for _, d := range s.Devices {
 		out = append(out, checkDevice(d)...)
 	}
@@ -121,7 +122,7 @@ func checkDevice(d control.DeviceStatus) []finding {
 		if state == checkOK {
 			do = ""
 		}
-		out = append(out, finding{d.Name, check, state, detail, do})
+		out = append(out, finding{d.Name, d.Netns, check, state, detail, do})
 	}
 	warnIf := func(bad bool) string {
 		if bad {
@@ -147,37 +148,61 @@ func checkDevice(d control.DeviceStatus) []finding {
 	add("losses", warnIf(d.SweepRepairs > 0),
 		fmt.Sprintf("%d changes seen, %d lost and found again, %d repaired by the sweep", d.Events, d.Lost, d.SweepRepairs),
 		"report this with the output of wgroam status: the sweep should have nothing to repair")
-	add("applier", warnIf(d.LastError != "" || d.ApplyErrors > 0),
-		withReason(fmt.Sprintf("%d endpoints written, %d errors", d.Applied, d.ApplyErrors), d.LastError),
+	add("applier", warnIf(d.ApplyErrors > 0), fmt.Sprintf("%d endpoints written, %d errors", d.Applied, d.ApplyErrors),
 		"wgroam peers shows the peers that were not written, and why")
+	if d.Snapshot.Error != "" {
+		add("snapshot", checkWarn, d.Snapshot.Error, "make room in state.dir, and let wgroam write there: the table is in memory only")
+	}
 	return append(out, checkFeed(d)...)
 }
 
+// skewWarn is the difference between two clocks that peers would notice after a
+// failover.
+const skewWarn = 1000 // ms
+
 func checkFeed(d control.DeviceStatus) []finding {
-	if d.Feed.Mode == control.FeedNone {
-		return []finding{{d.Name, "feed", checkWarn, "none: no other node hears of roams", "set nats.listen and nats.peers, or nats.url"}}
-	}
 	var out []finding
+	add := func(state, detail, do string) {
+		out = append(out, finding{d.Name, d.Netns, "feed", state, detail, do})
+	}
+	if d.Feed.Mode == control.FeedNone {
+		add(checkWarn, "none: no other node hears of roams", "set nats.listen and nats.peers, or nats.url")
+		return out
+	}
+	if d.Feed.Error != "" {
+		add(checkFail, d.Feed.Error, "free the address, or correct nats.listen")
+	}
 	for _, c := range d.Feed.Connections {
-		f := finding{d.Name, "feed", checkOK, c.Name + " is connected", ""}
-		if !c.Connected {
-			f.State, f.Detail = checkFail, withReason(c.Name+" is not connected", c.Error)
-			f.Do = "start wgroam or NATS there, and let this host reach it"
+		if c.Connected {
+			add(checkOK, c.Name+" is connected", "")
+			continue
 		}
-		out = append(out, f)
+		add(checkFail, withReason(c.Name+" is not connected", c.Error), "start wgroam or NATS there, and let this host reach it")
 	}
 	for _, n := range d.Feed.Nodes {
-		f := finding{d.Name, "feed", checkOK, fmt.Sprintf("node %s is %s, clock %+d ms", n.Name, n.State, n.SkewMS), ""}
-		switch n.State {
-		case control.NodeStale:
-			f.State, f.Do = checkFail, fmt.Sprintf("it has not been heard for %d ms: see wgroam status there", n.AgeMS)
-		case control.NodeSyncing:
-			f.State, f.Do = checkWarn, "wait a moment: its table is being compared with ours"
+		detail := fmt.Sprintf("node %s is %s, clock %+d ms", n.Name, n.State, n.SkewMS)
+		switch {
+		case n.State == control.NodeStale:
+			add(checkFail, detail, fmt.Sprintf("it has not been heard for %d ms: see wgroam status there", n.AgeMS))
+		case max(n.SkewMS, -n.SkewMS) > skewWarn:
+			add(checkWarn, detail, "keep both nodes on NTP: peers ignore the handshakes of a clock that is behind for that long")
+		case n.State == control.NodeSyncing:
+			add(checkWarn, detail, "wait a moment: its table is being compared with ours")
+		default:
+			add(checkOK, detail, "")
 		}
-		out = append(out, f)
 	}
 	if len(d.Feed.Nodes) == 0 {
-		out = append(out, finding{d.Name, "feed", checkWarn, "no other node has been heard", "start wgroam on the other gateways of the group"})
+		add(checkWarn, "no other node has been heard", "start wgroam on the other gateways of the group")
+	}
+	for _, r := range []struct{ reason, do string }{
+		{"skew", "keep all nodes on NTP: what claims to be from the future is refused"},
+		{"name_clash", "give each node a name of its own (node = ...)"},
+		{"full", "give this device the peers that the others have"},
+	} {
+		if n := d.Feed.Refused[r.reason]; n > 0 {
+			add(checkWarn, fmt.Sprintf("%d refused (%s)", n, r.reason), r.do)
+		}
 	}
 	return out
 }

@@ -34,13 +34,17 @@ func TestCheckStatus(t *testing.T) {
 		"port": {func(d *control.DeviceStatus) {
 			d.Detector = control.Detector{Rung: control.RungPort, Reason: "user space"}
 		}, "", ""},
-		"repaired":     {func(d *control.DeviceStatus) { d.SweepRepairs = 1 }, "losses", checkWarn},
-		"not applied":  {func(d *control.DeviceStatus) { d.ApplyErrors, d.LastError = 1, "EINVAL" }, "applier", checkWarn},
-		"alone":        {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
-		"unheard":      {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
-		"disconnected": {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
-		"stale":        {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeStale }, "feed", checkFail},
-		"syncing":      {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeSyncing }, "feed", checkWarn},
+		"repaired":        {func(d *control.DeviceStatus) { d.SweepRepairs = 1 }, "losses", checkWarn},
+		"not applied":     {func(d *control.DeviceStatus) { d.ApplyErrors, d.LastError = 1, "EINVAL" }, "applier", checkWarn},
+		"disk full":       {func(d *control.DeviceStatus) { d.Snapshot.Error = "no space left" }, "snapshot", checkWarn},
+		"not serving":     {func(d *control.DeviceStatus) { d.Feed.Error = "address in use" }, "feed", checkFail},
+		"skewed":          {func(d *control.DeviceStatus) { d.Feed.Nodes[0].SkewMS = -9000 }, "feed", checkWarn},
+		"from the future": {func(d *control.DeviceStatus) { d.Feed.Refused = map[string]uint64{"skew": 1, "auth": 1} }, "feed", checkWarn},
+		"alone":           {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
+		"unheard":         {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
+		"disconnected":    {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
+		"stale":           {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeStale }, "feed", checkFail},
+		"syncing":         {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeSyncing }, "feed", checkWarn},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := healthy()

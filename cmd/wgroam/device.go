@@ -200,7 +200,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		return err
 	}
 	// After the tracker: sessions that have lived on know better.
-	s.restore(d.d.cfg.MaxSkew, d.log)
+	s.restore(d.log)
 	s.feed.Start()
 	defer s.feed.Close()
 
@@ -305,8 +305,8 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 }
 
 // restore takes over what this node knew when it ended.
-func (s *session) restore(skew time.Duration, log *slog.Logger) {
-	records, err := s.state.Read(time.Now(), skew)
+func (s *session) restore(log *slog.Logger) {
+	records, err := s.state.Read()
 	if err != nil {
 		log.Error("starting without the snapshot; the other nodes may know", "err", err)
 		return

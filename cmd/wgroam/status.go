@@ -53,6 +53,7 @@ func (d *device) status() control.DeviceStatus {
 	}
 	if _, err := d.d.natsd(); err != nil {
 		errs = append(errs, err.Error())
+		out.Feed.Error = err.Error()
 	}
 	if s == nil {
 		if seen {
@@ -69,6 +70,7 @@ func (d *device) status() control.DeviceStatus {
 			out.State = control.StateUp
 		}
 	}
+	out.NetnsInode = s.netns
 	t := s.tracker.Status()
 	out.Detector = control.Detector{Rung: string(t.Rung), Reason: t.Reason}
 	out.Events, out.Resyncs, out.SweepRepairs = t.Events, t.Resyncs, t.SweepRepairs

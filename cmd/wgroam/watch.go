@@ -38,26 +38,30 @@ func watchVerb(ctx context.Context, e env, args []string) error {
 	}
 	out := newEventPrinter(e.stdout, *asJSON)
 	watch := watchAlone
-	if daemonFollows(ctx, *socket, *device) {
-		watch = watchDaemon(*socket)
+	if follows, netns := daemonFollows(ctx, *socket, *device); follows {
+		watch = watchDaemon(*socket, netns)
 	}
 	return errors.Join(watch(ctx, e, *device, out), out.close())
 }
 
-func daemonFollows(ctx context.Context, socket, device string) bool {
+// daemonFollows reports whether a daemon follows the device of that name in this
+// namespace, or any if the name is empty, and what it calls the namespace.
+func daemonFollows(ctx context.Context, socket, device string) (follows bool, netns string) {
 	var status control.Status
 	if err := control.Get(ctx, socket, control.VerbStatus, &status); err != nil {
-		return false
+		return false, ""
 	}
+	here, err := wg.Netns()
 	for _, d := range status.Devices {
-		if device == "" || d.Name == device {
-			return true
+		// The socket is reached from every namespace, and the name may be another's.
+		if device == "" || d.Name == device && err == nil && d.NetnsInode == here {
+			return true, d.Netns
 		}
 	}
-	return false
+	return false, ""
 }
 
-func watchDaemon(socket string) func(context.Context, env, string, *eventPrinter) error {
+func watchDaemon(socket, netns string) func(context.Context, env, string, *eventPrinter) error {
 	return func(ctx context.Context, e env, device string, out *eventPrinter) error {
 		err := control.Stream(ctx, socket, control.VerbWatch, func(line json.RawMessage) error {
 			var l struct {
@@ -76,7 +80,7 @@ func watchDaemon(socket string) func(context.Context, env, string, *eventPrinter
 				e.log.Warn("events left out because this reader was too slow", "events", *l.Missed)
 				return nil
 			}
-			if device != "" && l.Device != device {
+			if device != "" && (l.Device != device || l.Netns != netns) {
 				return nil
 			}
 			// Waiting here makes the daemon count what this reader misses.

@@ -45,7 +45,7 @@ func testStatus() Status {
 		Devices: []DeviceStatus{
 			{Name: "wg0", Netns: "blue", State: StateWaiting, Role: "always", Standby: "down", Detector: Detector{Rung: RungNone, Reason: "no device wg0"}, Feed: FeedStatus{Mode: FeedNone}},
 			{
-				Name: "wg0", Ifindex: 7, State: StateUp, Role: "auto", Standby: "silent",
+				Name: "wg0", NetnsInode: 4026531840, Ifindex: 7, State: StateUp, Role: "auto", Standby: "silent",
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",
 				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"},
@@ -55,7 +55,7 @@ func testStatus() Status {
 					Path: "/var/lib/wgroam/5f1d.snapshot", Written: time.Date(2026, 11, 23, 7, 0, 3, 0, zone), Records: 6, Error: "no space left",
 				},
 				Feed: FeedStatus{
-					Mode: FeedEmbedded, Listen: "10.0.0.11:4950",
+					Mode: FeedEmbedded, Listen: "10.0.0.11:4950", Error: "address in use",
 					Connections: []Connection{
 						{Name: "10.0.0.13:4950", Since: time.Date(2026, 11, 23, 7, 0, 1, 0, zone), Error: "connection refused"},
 						{Name: "10.0.0.12:4950", Since: time.Date(2026, 11, 23, 6, 0, 2, 5000, time.UTC), Connected: true},

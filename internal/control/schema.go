@@ -40,14 +40,16 @@ type DeviceStatus struct {
 	Name string `json:"name"`
 	// Netns is the device's network namespace, as in the configuration; absent for
 	// the daemon's own.
-	Netns    string       `json:"netns,omitempty"`
-	Ifindex  int          `json:"ifindex"` // 0 without a device
-	State    string       `json:"state"`   // up, down, missing, waiting
-	Role     string       `json:"role"`    // active, standby, always, auto
-	Standby  string       `json:"standby"` // down, silent
-	VIP      []netip.Addr `json:"vip"`     // in the order of the configuration
-	Group    string       `json:"group"`   // group id; empty until the device's key is known
-	Detector Detector     `json:"detector"`
+	Netns string `json:"netns,omitempty"`
+	// NetnsInode is the inode number of the device's network namespace; 0 without a device.
+	NetnsInode uint32       `json:"netns_inode"`
+	Ifindex    int          `json:"ifindex"` // 0 without a device
+	State      string       `json:"state"`   // up, down, missing, waiting
+	Role       string       `json:"role"`    // active, standby, always, auto
+	Standby    string       `json:"standby"` // down, silent
+	VIP        []netip.Addr `json:"vip"`     // in the order of the configuration
+	Group      string       `json:"group"`   // group id; empty until the device's key is known
+	Detector   Detector     `json:"detector"`
 
 	Events       uint64 `json:"events"`        // endpoint changes reported by the detector
 	Lost         uint64 `json:"lost"`          // changes that the detector had no room for, on all devices
@@ -101,6 +103,7 @@ const (
 type FeedStatus struct {
 	Mode        string            `json:"mode"`        // embedded, existing, none
 	Listen      string            `json:"listen"`      // the embedded server's host:port; empty when none
+	Error       string            `json:"error"`       // why there is no server; empty when there is, or none is wanted
 	Connections []Connection      `json:"connections"` // by name
 	Nodes       []NodeStatus      `json:"nodes"`       // the others, by name and id
 	Refused     map[string]uint64 `json:"refused"`     // received frames and records that changed nothing, by reason

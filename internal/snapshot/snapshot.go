@@ -32,14 +32,9 @@ const headerSize = 24
 
 var magic = []byte("wgroam\x00\x01")
 
-// Errors of Read, for errors.Is.
-var (
-	// ErrForeign: the file is another group's, or damaged. The two cannot be told
-	// apart.
-	ErrForeign = errors.New("not a snapshot of this group, or damaged")
-	// ErrFuture: it was written later than now.
-	ErrFuture = errors.New("snapshot from the future")
-)
+// ErrForeign is what Decode and File.Read wrap: the file is another group's, or
+// damaged. The two cannot be told apart.
+var ErrForeign = errors.New("not a snapshot of this group, or damaged")
 
 // Encode returns the contents of a file.
 func Encode(keys feed.Keys, records []wgroam.Record, now time.Time) []byte {
@@ -54,11 +49,10 @@ func Encode(keys feed.Keys, records []wgroam.Record, now time.Time) []byte {
 	return append(header, keys.Seal(header, body)...)
 }
 
-// Decode is the reverse of Encode. It overwrites file. A file that was written
-// more than skew after now is refused: the clock has been set back, and the
-// records would win over all that is seen until it has caught up. The error
-// wraps ErrForeign or ErrFuture.
-func Decode(keys feed.Keys, file []byte, now time.Time, skew time.Duration) ([]wgroam.Record, error) {
+// Decode is the reverse of Encode. It overwrites file. Records may be from the
+// future, if the clock was ahead: whoever merges them refuses those, one by one,
+// and keeps the others. The error wraps ErrForeign.
+func Decode(keys feed.Keys, file []byte) ([]wgroam.Record, error) {
 	if len(file) < headerSize || !bytes.Equal(file[:len(magic)], magic) {
 		return nil, ErrForeign
 	}
@@ -66,10 +60,6 @@ func Decode(keys feed.Keys, file []byte, now time.Time, skew time.Duration) ([]w
 	body, err := keys.Open(header, file[headerSize:])
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrForeign, err)
-	}
-	written := time.Unix(0, int64(binary.BigEndian.Uint64(header[8:])))
-	if ahead := written.Sub(now); ahead > skew {
-		return nil, fmt.Errorf("%w: written %v from now; is this host's clock right?", ErrFuture, ahead.Round(time.Second))
 	}
 	size, count := int(binary.BigEndian.Uint32(header[16:])), int(binary.BigEndian.Uint32(header[20:]))
 	if size < wgroam.RecordSize || len(body) != size*count {
@@ -136,22 +126,19 @@ func (f *File) Status() Status {
 
 // Read returns the records of the file, none if there is no file. A file that
 // cannot be used is left for an operator to look at, renamed, so that the next
-// write does not take it away. The error wraps ErrForeign or ErrFuture, or is
-// the file system's.
-func (f *File) Read(now time.Time, skew time.Duration) ([]wgroam.Record, error) {
+// write does not take it away. The error wraps ErrForeign, or is the file
+// system's.
+func (f *File) Read() ([]wgroam.Record, error) {
 	data, err := os.ReadFile(f.path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	var records []wgroam.Record
 	if err == nil {
-		records, err = Decode(f.cfg.Keys, data, now, skew)
-	}
-	if errors.Is(err, ErrForeign) || errors.Is(err, ErrFuture) {
-		err = errors.Join(err, os.Rename(f.path, f.path+".refused"))
+		records, err = Decode(f.cfg.Keys, data)
 	}
 	if err != nil {
-		err = fmt.Errorf("read snapshot %s: %w", f.path, err)
+		err = fmt.Errorf("read snapshot %s: %w", f.path, errors.Join(err, os.Rename(f.path, f.path+".refused")))
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

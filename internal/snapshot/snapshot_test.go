@@ -51,34 +51,31 @@ func TestDecode(t *testing.T) {
 	for name, c := range map[string]struct {
 		file []byte
 		keys feed.Keys
-		now  time.Time
 		err  error
 	}{
-		"whole":         {file, keys, now, nil},
-		"in time":       {file, keys, now.Add(-time.Second), nil},
-		"from tomorrow": {file, keys, now.Add(-24 * time.Hour), ErrFuture},
-		"foreign":       {file, keysOf(t, 16), now, ErrForeign},
-		"no snapshot":   {[]byte("# SPDX-License-Identifier: MIT and more"), keys, now, ErrForeign},
-		"longer":        {append(slices.Clone(file), 0), keys, now, ErrForeign},
+		"whole":       {file, keys, nil},
+		"foreign":     {file, keysOf(t, 16), ErrForeign},
+		"no snapshot": {[]byte("# SPDX-License-Identifier: MIT and more"), keys, ErrForeign},
+		"longer":      {append(slices.Clone(file), 0), keys, ErrForeign},
 	} {
-		got, err := Decode(c.keys, slices.Clone(c.file), c.now, time.Second)
+		got, err := Decode(c.keys, slices.Clone(c.file))
 		if !errors.Is(err, c.err) || err == nil && !slices.Equal(got, records) {
 			t.Errorf("%s: %v, %v", name, got, err)
 		}
 	}
 	for n := range file {
-		if got, err := Decode(keys, slices.Clone(file[:n]), now, time.Second); !errors.Is(err, ErrForeign) {
+		if got, err := Decode(keys, slices.Clone(file[:n])); !errors.Is(err, ErrForeign) {
 			t.Fatalf("the first %d bytes: %v, %v", n, got, err)
 		}
 		for bit := range 8 {
 			bad := slices.Clone(file)
 			bad[n] ^= 1 << bit
-			if got, err := Decode(keys, bad, now, time.Second); !errors.Is(err, ErrForeign) {
+			if got, err := Decode(keys, bad); !errors.Is(err, ErrForeign) {
 				t.Fatalf("bit %d of byte %d is wrong: %v, %v", bit, n, got, err)
 			}
 		}
 	}
-	if got, err := Decode(keys, Encode(keys, nil, now), now, 0); err != nil || len(got) != 0 {
+	if got, err := Decode(keys, Encode(keys, nil, now)); err != nil || len(got) != 0 {
 		t.Errorf("an empty table: %v, %v", got, err)
 	}
 	peer := record(1).Peer
@@ -95,7 +92,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, file []byte) {
 		whole := slices.Clone(file)
-		records, err := Decode(keys, file, now, time.Second)
+		records, err := Decode(keys, file)
 		if err == nil && len(whole) < headerSize+len(records)*wgroam.RecordSize {
 			t.Errorf("%d records from %d bytes", len(records), len(whole))
 		}
@@ -118,7 +115,7 @@ func keep(t *testing.T, dir string, log *slog.Logger, f func(*File, *wgroam.Tabl
 func read(t *testing.T, dir string) []wgroam.Record {
 	t.Helper()
 	file := New(Config{Dir: dir, Keys: keysOf(t, 8), Table: wgroam.NewTable([32]byte{}), Log: slog.New(slog.DiscardHandler)})
-	records, err := file.Read(time.Now(), time.Second)
+	records, err := file.Read()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,13 +165,13 @@ func TestRefused(t *testing.T) {
 	if err := os.WriteFile(file.Status().Path, []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := file.Read(now, 0); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), dir) {
+	if _, err := file.Read(); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), dir) {
 		t.Errorf("read nonsense: %v", err)
 	}
 	if _, err := os.Stat(file.Status().Path + ".refused"); err != nil {
 		t.Error(err)
 	}
-	if records, err := file.Read(now, 0); records != nil || err != nil {
+	if records, err := file.Read(); records != nil || err != nil {
 		t.Errorf("once more: %v, %v", records, err)
 	}
 }
