@@ -69,7 +69,7 @@ func hooks(t *testing.T, test func(t *testing.T, open func() *Uplink)) {
 	for _, name := range []string{"tcx", "clsact"} {
 		t.Run(name, func(t *testing.T) {
 			if name == "tcx" && !haveTCX(t) {
-				t.Skipf("%s has no tcx", kernel())
+				t.Skipf("the kernel, %s, has no tcx", kernel())
 			}
 			enter(t)
 			test(t, func() *Uplink {

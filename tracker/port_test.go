@@ -556,9 +556,18 @@ func follows(kernel *Kernel, port uint16) bool {
 	return false
 }
 
+// needIP skips a test that runs ip(8) where the kernel's machine in test/vm has none.
+func needIP(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("ip"); err != nil {
+		t.Skipf("no ip(8) beside this kernel: %v", err)
+	}
+}
+
 // TestPortElsewhere: the socket is in another namespace than the link, as when that
 // has been moved: in one that has a name.
 func TestPortElsewhere(t *testing.T) {
+	needIP(t)
 	l := newLab(t, lab.Config{})
 	gw := l.Gateways[0]
 	here := func(f func() error) error { return f() }
@@ -595,6 +604,7 @@ func TestPortElsewhere(t *testing.T) {
 
 // TestPortLinks: a link that comes later is watched, and forgotten when it goes.
 func TestPortLinks(t *testing.T) {
+	needIP(t)
 	l := newLab(t, lab.Config{})
 	gw := l.Gateways[0]
 	kernel := ported(t)

@@ -52,9 +52,15 @@ func daemonFollows(ctx context.Context, socket, device string) (follows bool, ne
 		return false, ""
 	}
 	here, err := wg.Netns()
+	if err != nil {
+		return false, ""
+	}
+	_, err = wg.LinkByName(device)
+	elsewhere := device != "" && errors.Is(err, wg.ErrNoDevice)
 	for _, d := range status.Devices {
-		// The socket is reached from every namespace, and the name may be another's.
-		if device == "" || d.Name == device && err == nil && d.NetnsInode == here {
+		// The socket is reached from every namespace: another's device of that name is
+		// meant only where there is none here.
+		if device == "" || d.Name == device && (d.NetnsInode == here || elsewhere) {
 			return true, d.Netns
 		}
 	}
