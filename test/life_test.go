@@ -31,7 +31,7 @@ import (
 )
 
 var (
-	lifeFor  = flag.Duration("life", 30*time.Second, "how long TestLife goes on")
+	lifeFor  = flag.Duration("life", 20*time.Second, "how long TestLife goes on")
 	lifeSeed = flag.Uint64("seed", 0, "what TestLife draws its steps from; 0 draws a seed")
 )
 
@@ -364,7 +364,8 @@ func (v *life) settle() error {
 			return err
 		}
 		delete(v.stale, c)
-		ctx, cancel := context.WithTimeout(v.t.Context(), patience)
+		// A handshake that was lost in a flood is tried again after 5 s.
+		ctx, cancel := context.WithTimeout(v.t.Context(), 2*patience)
 		_, err = c.Reach(ctx)
 		cancel()
 		if err != nil {
