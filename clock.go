@@ -123,7 +123,7 @@ func (c *Clock) Rewind(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	limit := HLCAt(now.Add(c.maxSkew))
-	c.last = min(c.last, HLCAt(now))
+	c.last = min(c.last, limit)
 	n := sort.Search(len(c.merged), func(i int) bool { return c.merged[i].hlc > limit })
 	c.merged = c.merged[:n]
 }

@@ -147,6 +147,9 @@ func (t *Tracker) fall(err error) {
 // look looks after the device's socket: whether it is still at its port, or, if
 // there was none, whether there is one now.
 func (t *Tracker) look(ctx context.Context) error {
+	if rung := t.Status().Rung; rung != RungPort && rung != RungPolling {
+		return nil // what was wrong with the port before does not matter
+	}
 	switch {
 	case t.ladder.tap == nil && !errors.Is(t.ladder.portErr, errNoSocket) && !errors.Is(t.ladder.portErr, errTaken):
 		return nil // on a better rung, or no socket would help

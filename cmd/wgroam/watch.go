@@ -38,36 +38,26 @@ func watchVerb(ctx context.Context, e env, args []string) error {
 	}
 	out := newEventPrinter(e.stdout, *asJSON)
 	watch := watchAlone
-	if follows, netns := daemonFollows(ctx, *socket, *device); follows {
-		watch = watchDaemon(*socket, netns)
+	if daemonFollows(ctx, *socket, *device) {
+		watch = watchDaemon(*socket)
 	}
 	return errors.Join(watch(ctx, e, *device, out), out.close())
 }
 
-// daemonFollows reports whether a daemon follows the device of that name in this
-// namespace, or any if the name is empty, and what it calls the namespace.
-func daemonFollows(ctx context.Context, socket, device string) (follows bool, netns string) {
+func daemonFollows(ctx context.Context, socket, device string) bool {
 	var status control.Status
 	if err := control.Get(ctx, socket, control.VerbStatus, &status); err != nil {
-		return false, ""
+		return false
 	}
-	here, err := wg.Netns()
-	if err != nil {
-		return false, ""
-	}
-	_, err = wg.LinkByName(device)
-	elsewhere := device != "" && errors.Is(err, wg.ErrNoDevice)
 	for _, d := range status.Devices {
-		// The socket is reached from every namespace: another's device of that name is
-		// meant only where there is none here.
-		if device == "" || d.Name == device && (d.NetnsInode == here || elsewhere) {
-			return true, d.Netns
+		if device == "" || d.Name == device {
+			return true
 		}
 	}
-	return false, ""
+	return false
 }
 
-func watchDaemon(socket, netns string) func(context.Context, env, string, *eventPrinter) error {
+func watchDaemon(socket string) func(context.Context, env, string, *eventPrinter) error {
 	return func(ctx context.Context, e env, device string, out *eventPrinter) error {
 		err := control.Stream(ctx, socket, control.VerbWatch, func(line json.RawMessage) error {
 			var l struct {
@@ -86,7 +76,7 @@ func watchDaemon(socket, netns string) func(context.Context, env, string, *event
 				e.log.Warn("events left out because this reader was too slow", "events", *l.Missed)
 				return nil
 			}
-			if device != "" && (l.Device != device || l.Netns != netns) {
+			if device != "" && l.Device != device {
 				return nil
 			}
 			// Waiting here makes the daemon count what this reader misses.
