@@ -310,13 +310,7 @@ func (m *Merger) rewind(step time.Duration, now time.Time) {
 		case r.Version.Node != m.cfg.Self:
 			return wgroam.Record{Peer: r.Peer}, true
 		}
-		r.Version.HLC = wgroam.HLCAt(r.Version.HLC.Time().Add(-step))
-		if r.Version.HLC > limit {
-			// Set back while nobody looked, by we do not know how much. To date it to
-			// now would make it win over all that has been seen since.
-			return wgroam.Record{Peer: r.Peer}, true
-		}
-		r.Version.HLC = min(r.Version.HLC, wgroam.HLCAt(now))
+		r.Version.HLC = min(wgroam.HLCAt(r.Version.HLC.Time().Add(-step)), wgroam.HLCAt(now))
 		return r, true
 	})
 	m.cfg.Log.Warn("this host's clock has been set back; what it saw while ahead is dated back, too", "by", step.Round(time.Millisecond))

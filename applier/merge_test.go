@@ -754,23 +754,6 @@ func (e *end) syncOnce(t *testing.T) {
 	}
 }
 
-// TestRewindUnseen: what was seen with a clock that was set back while nobody
-// looked is forgotten, rather than dated to now.
-func TestRewindUnseen(t *testing.T) {
-	m := newMerger(nil)
-	now := time.Now()
-	r := record(key(1), at(1), 0)
-	r.Version = wgroam.Version{HLC: m.cfg.Clock.Stamp(now.Add(time.Hour)), Node: self}
-	m.cfg.Table.Merge(r)
-	if !m.cfg.Clock.Ahead(now) {
-		t.Fatal("the clock is not ahead")
-	}
-	m.rewind(0, now)
-	if r, ok := m.cfg.Table.Get(key(1)); ok {
-		t.Errorf("still there: %+v", r)
-	}
-}
-
 // TestRewind: what was seen while the clock was an hour ahead does not stand in
 // the way when it has been set right.
 func TestRewind(t *testing.T) {
