@@ -147,7 +147,7 @@ func (t *Tracker) fall(err error) {
 // look looks after the device's socket: whether it is still at its port, or, if
 // there was none, whether there is one now.
 func (t *Tracker) look(ctx context.Context) error {
-	if rung := t.Status().Rung; rung != RungPort && rung != RungPolling {
+	if hooked(t.Status().Rung) {
 		return nil // what was wrong with the port before does not matter
 	}
 	switch {
