@@ -3,9 +3,6 @@
 package test
 
 import (
-	"runtime/debug"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -13,14 +10,6 @@ import (
 
 	"github.com/wgroam/wgroam/internal/lab"
 )
-
-// inMachine reports whether this is the machine of test/vm, which is ours alone.
-func inMachine() bool {
-	info, ok := debug.ReadBuildInfo()
-	return ok && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
-		return s.Key == "-tags" && slices.Contains(strings.Split(s.Value, ","), "vm")
-	})
-}
 
 // setClock sets the wall clock ahead by so much, or back.
 func setClock(t testing.TB, by time.Duration) {
@@ -34,7 +23,7 @@ func setClock(t testing.TB, by time.Duration) {
 // TestClockSteps: a clock that is set ahead by an hour, or back, keeps no roam
 // from the others, and what was stamped meanwhile does not stand in the way.
 func TestClockSteps(t *testing.T) {
-	if !inMachine() {
+	if !lab.InVM() {
 		t.Skip("this kernel has one wall clock, and it is this machine's")
 	}
 	l := newLab(t, lab.Config{Clients: 2})

@@ -137,7 +137,7 @@ func (w *world) suffer(faults []fault) {
 // TestFaults: whatever breaks while clients roam, all devices are right soon
 // after it is mended, without anybody speaking again.
 func TestFaults(t *testing.T) {
-	if inMachine() {
+	if lab.InVM() {
 		t.Skip("nothing here depends on the kernel, and this one is emulated")
 	}
 	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "x"}, Clients: 5})
@@ -178,7 +178,7 @@ func TestFaults(t *testing.T) {
 // TestFaultsOnBus: the same with an existing NATS, whose server is restarted, and
 // which repeats, delays and reorders all that is said on it.
 func TestFaultsOnBus(t *testing.T) {
-	if inMachine() {
+	if lab.InVM() {
 		t.Skip("nothing here depends on the kernel, and this one is emulated")
 	}
 	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "bus"}, Clients: 5})

@@ -16,13 +16,17 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam"
@@ -37,15 +41,17 @@ var (
 
 // life is a pair of gateways with clients to whom everything happens.
 type life struct {
-	t     *testing.T
-	rng   *rand.Rand
-	lab   *lab.Lab
-	nodes []*node
-	dirs  []string
-	base  []weights                      // what each daemon held when it was first at rest; nil when not yet
-	spare int                            // of the names of links
-	extra map[*lab.Gateway][]wgtypes.Key // peers that never speak
-	stale map[*lab.Client]bool           // its session is of a device that is gone
+	t      *testing.T
+	rng    *rand.Rand
+	lab    *lab.Lab
+	nodes  []*node
+	dirs   []string
+	base   []weights                      // what each daemon held when it was first at rest; nil when not yet
+	sniff  []*sniffer                     // at the gateways
+	spare  int                            // of the names of links
+	holder int                            // of the virtual IP
+	extra  map[*lab.Gateway][]wgtypes.Key // peers that never speak
+	stale  map[*lab.Client]bool           // its session is of a device that is gone
 }
 
 // step is one thing that can happen.
@@ -67,15 +73,19 @@ var steps = []step{
 	{"link down and up", 3, (*life).bounce},
 	{"device deleted and made again", 2, (*life).recreate},
 	{"device renamed and back", 2, (*life).rename},
+	{"module unloaded and loaded", 2, (*life).reload},
+	{"virtual IP moved", 2, (*life).failover},
 	{"listen port changed and back", 3, (*life).port},
 	{"uplink added and removed", 3, (*life).uplink},
 	{"daemon killed and started", 2, (*life).kill},
 	{"settle", 10, (*life).settle},
 }
 
-// TestLife: a random life of devices, links, peers, roams, floods and daemons
-// ends with what every daemon knows equal to what its kernel has, with nothing
-// for the sweep to repair, and with nothing leaked.
+// TestLife: a random life of devices, modules, links, peers, roams, floods and
+// daemons ends with what every daemon knows equal to what its kernel has, with
+// nothing for the sweep to repair, and with nothing leaked. The same seed draws the
+// same steps; how many there is time for, and which packets are on the wire for a
+// flood to repeat, is the machine's.
 func TestLife(t *testing.T) {
 	seed := *lifeSeed
 	if seed == 0 {
@@ -87,7 +97,9 @@ func TestLife(t *testing.T) {
 		dirs: []string{t.TempDir(), t.TempDir()}, base: make([]weights, 2), nodes: make([]*node, 2),
 		stale: make(map[*lab.Client]bool), extra: make(map[*lab.Gateway][]wgtypes.Key),
 	}
-	for i := range v.nodes {
+	before := loaded(t)
+	for i, gw := range v.lab.Gateways {
+		v.sniff = append(v.sniff, sniff(t, gw))
 		v.start(i)
 	}
 	total := 0
@@ -121,6 +133,33 @@ func TestLife(t *testing.T) {
 			n.gw.Name, s.Detector.Rung, s.Events, s.Lost, s.Resyncs, s.SweepRepairs, v.base[i], v.weigh(i))
 	}
 	t.Logf("steps: %v", took)
+	for _, n := range v.nodes {
+		n.stop()
+	}
+	if lab.InVM() { // nobody else loads any
+		await(t, "the kernel has let go of all programs", func() (bool, string) {
+			now := loaded(t)
+			return now == before, fmt.Sprintf("programs, maps, links: before %v, now %v", before, now)
+		})
+	}
+}
+
+// loaded counts the BPF programs, maps and links of the kernel.
+func loaded(t *testing.T) (counts [3]int) {
+	for i, next := range []uintptr{unix.BPF_PROG_GET_NEXT_ID, unix.BPF_MAP_GET_NEXT_ID, unix.BPF_LINK_GET_NEXT_ID} {
+		var attr struct{ start, next, flags uint32 } // linux/bpf.h, union bpf_attr
+		for ; ; counts[i]++ {
+			_, _, errno := unix.Syscall(unix.SYS_BPF, next, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+			if errno == unix.ENOENT {
+				break // that was the last
+			}
+			if errno != 0 {
+				t.Fatalf("list what BPF has loaded: %v", errno)
+			}
+			attr.start = attr.next
+		}
+	}
+	return counts
 }
 
 // start starts the daemon of a gateway. It sweeps so often that a miss cannot
@@ -181,29 +220,97 @@ func (v *life) handshake() error {
 	return c.Send(1)
 }
 
-// flood sends forged packets of every type to both gateways, some with indexes
-// that may be live ones'.
+// flood sends forged packets of every type to both gateways, from several places:
+// random ones, such with the indexes of live sessions in them, and repetitions of
+// what was on the wire.
 func (v *life) flood() error {
 	sizes := map[byte]int{1: 148, 2: 92, 3: 64, 4: 96}
 	return v.lab.Clients[0].Do(func() error {
-		conn, err := net.ListenUDP("udp4", nil)
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		for range 500 {
-			kind := byte(1 + v.rng.IntN(4))
-			p := make([]byte, sizes[kind])
-			for i := range p {
-				p[i] = byte(v.rng.Uint32())
+		for range 8 {
+			conn, err := net.ListenUDP("udp4", nil)
+			if err != nil {
+				return err
 			}
-			be.LittleEndian.PutUint32(p, uint32(kind))
-			gw := v.gateway()
-			// A full queue on the way is none of our business.
-			_, _ = conn.WriteToUDPAddrPort(p, netip.AddrPortFrom(gw.Addr4, lab.ListenPort))
+			for range 64 {
+				kind := byte(1 + v.rng.IntN(4))
+				p := make([]byte, sizes[kind])
+				for i := range p {
+					p[i] = byte(v.rng.Uint32())
+				}
+				be.LittleEndian.PutUint32(p, uint32(kind))
+				switch seen := v.sniff[v.rng.IntN(len(v.sniff))].message(v.rng.IntN(sniffed)); v.rng.IntN(4) {
+				case 0:
+					p = seen
+				case 1: // as the receiver of all types, and as the sender
+					copy(p[4:], seen[4:8])
+					copy(p[8:], seen[4:8])
+				}
+				// A full queue on the way is none of our business.
+				_, _ = conn.WriteToUDPAddrPort(p, netip.AddrPortFrom(v.gateway().Addr4, lab.ListenPort))
+			}
+			if err := conn.Close(); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
+}
+
+// sniffed is how many messages a sniffer keeps.
+const sniffed = 64
+
+// sniffer keeps the newest messages of WireGuard that a gateway received or sent.
+type sniffer struct {
+	mu   sync.Mutex
+	seen [sniffed][]byte
+	n    int
+}
+
+// sniff starts one, which ends with the test.
+func sniff(t *testing.T, gw *lab.Gateway) *sniffer {
+	s := new(sniffer)
+	for i := range s.seen {
+		s.seen[i] = make([]byte, 32) // no type
+	}
+	tap := openTap(t, gw, unix.ETH_P_ALL)
+	done := make(chan struct{})
+	t.Cleanup(func() { tap.Close(); <-done })
+	go func() {
+		defer close(done)
+		buf := make([]byte, 1<<16)
+		for {
+			n, err := tap.Read(buf)
+			if err != nil {
+				if !errors.Is(err, os.ErrClosed) {
+					t.Errorf("sniff: %v", err)
+				}
+				return
+			}
+			p := buf[:n]
+			switch {
+			case n > 20 && p[0] == 0x45 && p[9] == unix.IPPROTO_UDP:
+				p = p[20:]
+			case n > 40 && p[0]>>4 == 6 && p[6] == unix.IPPROTO_UDP:
+				p = p[40:]
+			default:
+				continue
+			}
+			if len(p) < 8+32 || be.BigEndian.Uint16(p) != lab.ListenPort && be.BigEndian.Uint16(p[2:]) != lab.ListenPort {
+				continue
+			}
+			s.mu.Lock()
+			s.seen[s.n%sniffed] = bytes.Clone(p[8:])
+			s.n++
+			s.mu.Unlock()
+		}
+	}()
+	return s
+}
+
+func (s *sniffer) message(i int) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.seen[i]
 }
 
 // admin sets an endpoint by hand, on either gateway.
@@ -274,6 +381,30 @@ func (v *life) recreate() error {
 	return gw.Recreate()
 }
 
+// reload loads the module anew, which every daemon has to let go of before; where
+// the module is not ours, it takes away all devices and makes them again.
+func (v *life) reload() error {
+	v.forgotten()
+	clear(v.extra)
+	return v.lab.Rebuild(func() error {
+		if !v.lab.Kernel || !lab.InVM() {
+			return nil
+		}
+		await(v.t, "the module is free", func() (bool, string) {
+			out, err := exec.Command("modprobe", "-r", "wireguard").CombinedOutput()
+			return err == nil, string(out)
+		})
+		return exec.Command("modprobe", "wireguard").Run()
+	})
+}
+
+// failover moves the virtual IP to the other gateway.
+func (v *life) failover() error {
+	v.forgotten()
+	v.holder = 1 - v.holder
+	return v.lab.MoveVIP(v.lab.Gateways[v.holder])
+}
+
 // forgotten: the sessions of all clients are gone.
 func (v *life) forgotten() {
 	for _, c := range v.lab.Clients {
@@ -332,15 +463,15 @@ func (v *life) uplink() error {
 	})
 }
 
-// kill ends a daemon as a crash would, and starts it again.
+// kill ends a daemon as a crash would, and starts it again. The other lives to the
+// end, so that what leaks adds up.
 func (v *life) kill() error {
-	i := v.rng.IntN(len(v.nodes))
-	n := v.nodes[i]
+	n := v.nodes[0]
 	if err := n.cmd.Process.Kill(); err != nil {
 		return err
 	}
 	<-n.exited
-	v.start(i)
+	v.start(0)
 	return nil
 }
 

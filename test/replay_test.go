@@ -103,20 +103,7 @@ func TestReplayAtStandby(t *testing.T) {
 // The function that it returns waits for it.
 func tapInitiation(t testing.TB, gw *lab.Gateway) func() []byte {
 	t.Helper()
-	var tap *os.File
-	err := gw.Do(func() error {
-		// Network byte order, as the kernel wants it here.
-		proto := be.NativeEndian.Uint16(be.BigEndian.AppendUint16(nil, unix.ETH_P_IP))
-		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, int(proto))
-		if err == nil {
-			tap = os.NewFile(uintptr(fd), "tap")
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { tap.Close() })
+	tap := openTap(t, gw, unix.ETH_P_IP)
 	return func() []byte {
 		if err := tap.SetReadDeadline(time.Now().Add(patience)); err != nil {
 			t.Fatal(err)
@@ -134,6 +121,26 @@ func tapInitiation(t testing.TB, gw *lab.Gateway) func() []byte {
 			}
 		}
 	}
+}
+
+// openTap opens a socket that reads, from their IP headers on, the packets of a
+// protocol that a gateway receives; with ETH_P_ALL also those that it sends.
+func openTap(t testing.TB, gw *lab.Gateway, proto uint16) (tap *os.File) {
+	t.Helper()
+	err := gw.Do(func() error {
+		// Network byte order, as the kernel wants it here.
+		proto := be.NativeEndian.Uint16(be.BigEndian.AppendUint16(nil, proto))
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, int(proto))
+		if err == nil {
+			tap = os.NewFile(uintptr(fd), "tap")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tap.Close() })
+	return tap
 }
 
 // sendFrom sends a datagram from a gateway's own address.

@@ -32,11 +32,12 @@ type Client struct {
 	// Inner4 and Inner6 are the client's addresses inside the tunnel.
 	Inner4, Inner6 netip.Addr
 
-	lab   *Lab
-	n     int // index in lab.Clients
-	key   wgtypes.Key
-	dev   *wgDevice
-	alive time.Duration // persistent keepalive
+	lab     *Lab
+	n       int    // index in lab.Clients
+	program string // of the device; see Config
+	key     wgtypes.Key
+	dev     *wgDevice
+	alive   time.Duration // persistent keepalive
 
 	// Guarded by lab.mu.
 	addr netip.Addr // outer
@@ -76,11 +77,16 @@ func (c *Client) build(program string, log *slog.Logger, keepalive time.Duration
 	if err := c.move(VIP4); err != nil {
 		return err
 	}
+	c.program, c.port = program, c.lab.nextPort()
+	return c.makeDevice(log)
+}
+
+// makeDevice makes the WireGuard device at the client's port.
+func (c *Client) makeDevice(log *slog.Logger) error {
 	name := "wg" + strconv.Itoa(c.n)
-	if program != "" || !c.lab.Kernel {
+	if c.program != "" || !c.lab.Kernel {
 		name = c.lab.prefix + strconv.Itoa(c.n)
 	}
-	c.port = c.lab.nextPort()
 	mark := c.mark()
 	cfg := wgtypes.Config{
 		PrivateKey:   &c.key,
@@ -89,7 +95,7 @@ func (c *Client) build(program string, log *slog.Logger, keepalive time.Duration
 		Peers:        []wgtypes.PeerConfig{c.peer()},
 	}
 	var err error
-	c.dev, err = newWGDevice(c.lab.clients, name, program, c.lab.Kernel, log,
+	c.dev, err = newWGDevice(c.lab.clients, name, c.program, c.lab.Kernel, log,
 		netip.PrefixFrom(c.Inner4, inner4.Bits()), netip.PrefixFrom(c.Inner6, inner6.Bits()), cfg)
 	return err
 }

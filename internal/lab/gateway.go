@@ -202,16 +202,8 @@ func (g *Gateway) LinkUp() error {
 func (g *Gateway) Recreate() error {
 	g.lab.mu.Lock()
 	defer g.lab.mu.Unlock()
-	if g.dev.user != nil || g.dev.prog != nil {
-		g.dev.close()
-	} else {
-		link, err := g.ns.link(g.dev.name)
-		if err == nil {
-			err = g.ns.nl.LinkDel(link)
-		}
-		if err != nil {
-			return fmt.Errorf("delete %s of gateway %s: %w", g.dev.name, g.Name, err)
-		}
+	if err := g.dev.remove(); err != nil {
+		return err
 	}
 	return g.makeDevice(nil)
 }

@@ -27,7 +27,9 @@ import (
 	"net"
 	"net/netip"
 	"regexp"
+	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -247,6 +249,53 @@ func (l *Lab) MoveVIP(to *Gateway) error {
 	}
 	l.holder = to
 	return l.router.forget(bridge, VIP4, VIP6)
+}
+
+// Rebuild deletes all WireGuard devices, calls between, which may load the module
+// anew, and makes them again, as Gateway.Recreate does. No other method may be
+// called meanwhile.
+func (l *Lab) Rebuild(between func() error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, g := range l.Gateways {
+		if err := g.dev.remove(); err != nil {
+			return err
+		}
+	}
+	for _, c := range l.Clients {
+		if err := c.dev.remove(); err != nil {
+			return err
+		}
+	}
+	if err := between(); err != nil {
+		return err
+	}
+	for _, g := range l.Gateways {
+		if err := g.ns.openWG(); err != nil {
+			return err
+		}
+		if err := g.makeDevice(nil); err != nil {
+			return err
+		}
+	}
+	if err := l.clients.openWG(); err != nil {
+		return err
+	}
+	for _, c := range l.Clients {
+		if err := c.makeDevice(nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// InVM reports whether this program was built for the machine of test/vm, which
+// is its own: with the tag vm.
+func InVM() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
+		return s.Key == "-tags" && slices.Contains(strings.Split(s.Value, ","), "vm")
+	})
 }
 
 // PublicKey is the gateways' public key.

@@ -404,6 +404,29 @@ func TestLink(t *testing.T) {
 	}
 }
 
+// Devices that are made again know nothing, and have the same keys, places and
+// neighbours.
+func TestRebuild(t *testing.T) {
+	l := newLab(t, Config{})
+	a, c := l.Gateways[0], l.Clients[0]
+	ping(t, c)
+	ep := c.Endpoint()
+	err := l.Rebuild(func() error {
+		if _, err := a.Peers(); err == nil {
+			t.Error("the device is still there")
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if eps, err := a.Endpoints(); len(eps) != 0 || err != nil {
+		t.Errorf("endpoints %v, error %v", eps, err)
+	}
+	ping(t, c)
+	sees(t, a, c, ep)
+}
+
 // What others do to the link works as in the kernel: the outer port closes and opens.
 func TestLinkByOthers(t *testing.T) {
 	l := newLab(t, Config{})

@@ -69,10 +69,7 @@ func newNamespace(name string) (*namespace, error) {
 	}
 	var err error
 	if n.nl, err = netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE); err == nil {
-		err = n.do(func() error {
-			n.wg, err = wgctrl.New()
-			return err
-		})
+		err = n.openWG()
 	}
 	if err == nil {
 		err = n.linkUp("lo")
@@ -81,6 +78,20 @@ func newNamespace(name string) (*namespace, error) {
 		return nil, errors.Join(fmt.Errorf("set up network namespace of %s: %w", name, err), n.close())
 	}
 	return n, nil
+}
+
+// openWG opens the WireGuard client, or opens it again: it is of no use any more
+// when the module has been loaded anew.
+func (n *namespace) openWG() error {
+	if n.wg != nil {
+		if err := n.wg.Close(); err != nil {
+			return err
+		}
+	}
+	return n.do(func() (err error) {
+		n.wg, err = wgctrl.New()
+		return err
+	})
 }
 
 func (n *namespace) close() error {

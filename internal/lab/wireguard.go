@@ -109,6 +109,22 @@ func (d *wgDevice) down() error {
 	return nil
 }
 
+// remove deletes the device.
+func (d *wgDevice) remove() error {
+	if d.user != nil || d.prog != nil {
+		d.close()
+		return nil
+	}
+	link, err := d.ns.link(d.name)
+	if err == nil {
+		err = d.ns.nl.LinkDel(link)
+	}
+	if err != nil {
+		return fmt.Errorf("delete WireGuard device %s in %s: %w", d.name, d.ns.name, err)
+	}
+	return nil
+}
+
 // close stops wireguard-go. A kernel device goes with its namespace.
 func (d *wgDevice) close() {
 	if d.user != nil {

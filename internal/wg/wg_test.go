@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -68,14 +67,10 @@ func needKernel(t testing.TB) {
 	if lab.KernelWireGuard() {
 		return
 	}
-	info, _ := debug.ReadBuildInfo()
-	inGuest := slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
-		return s.Key == "-tags" && slices.Contains(strings.Split(s.Value, ","), "vm")
-	})
 	var u unix.Utsname
 	_ = unix.Uname(&u) // cannot fail with a valid address
 	release := unix.ByteSliceToString(u.Release[:])
-	if inGuest {
+	if lab.InVM() {
 		t.Fatalf("kernel %s has no WireGuard", release)
 	}
 	t.Skipf("kernel %s has no WireGuard", release)
