@@ -25,7 +25,7 @@ const (
 type finding struct {
 	Device string `json:"device"`          // empty: the node
 	Netns  string `json:"netns,omitempty"` // as in the status
-	Check  string `json:"check"`           // daemon, hook, device, detector, losses, applier, snapshot, feed
+	Check  string `json:"check"`           // daemon, hook, role, device, detector, losses, applier, snapshot, feed
 	State  string `json:"state"`           // ok, warn, fail
 	Detail string `json:"detail"`
 	Do     string `json:"do"` // what to do about it; empty when ok
@@ -131,6 +131,10 @@ func checkDevice(d control.DeviceStatus) []finding {
 		return checkOK
 	}
 
+	add("role", checkOK, roleLine(d), "")
+	for _, a := range d.Alarms {
+		add("role", checkFail, a.Alarm+": "+a.Detail, a.Do)
+	}
 	if d.State == control.StateMissing || d.State == control.StateWaiting {
 		add("device", checkFail, withReason(d.State, d.LastError), "create the device and give it its private key, or correct its name in the configuration")
 		return out

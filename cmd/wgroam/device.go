@@ -14,6 +14,7 @@ import (
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/applier"
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/feed"
@@ -109,9 +110,10 @@ func (d *daemon) claim(group, device string) (release func(), err error) {
 
 // device is one configured WireGuard device. It outlives the links of its name.
 type device struct {
-	cfg config.Device
-	d   *daemon
-	log *slog.Logger
+	cfg  config.Device
+	d    *daemon
+	log  *slog.Logger
+	desk *failover.Desk
 
 	mu      sync.Mutex
 	current *session // nil while there is no such link
@@ -194,7 +196,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
 	})
 	pub := publisher.New(publisher.Config{
-		Table: s.table, Link: s.feed, Role: func() feed.Role { return roleOf(d.cfg.Role) }, Log: d.log,
+		Table: s.table, Link: s.feed, Role: d.feedRole, Log: d.log,
 	})
 	if err := s.tracker.Start(); err != nil {
 		return err
@@ -319,6 +321,9 @@ func (s *session) restore(log *slog.Logger) {
 
 // record turns what the local device has learned into a record for the others.
 func (d *device) record(s *session, o wgroam.Observation) {
+	if isChange(o) {
+		d.desk.Heard(o.At)
+	}
 	if err := wgroam.CheckEndpoint(o.New); err != nil {
 		d.log.Warn("an endpoint that other nodes cannot use stays here", "peer", o.Peer, "err", err)
 		return
@@ -336,16 +341,4 @@ func (d *device) record(s *session, o wgroam.Observation) {
 // isChange tells news from what was there when we came.
 func isChange(o wgroam.Observation) bool {
 	return o.Cause != wgroam.CauseSnapshot
-}
-
-func roleOf(r config.Role) feed.Role {
-	switch r {
-	case config.RoleActive:
-		return feed.RoleActive
-	case config.RoleStandby:
-		return feed.RoleStandby
-	case config.RoleAlways:
-		return feed.RoleAlways
-	}
-	return feed.RoleUnknown
 }

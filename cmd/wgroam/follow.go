@@ -37,18 +37,27 @@ type life func(ctx context.Context, space *wg.Space, link wg.Link) error
 // not exist, and says so once by absent. It returns nil when ctx ends, or the
 // error of a session that no waiting can help.
 func follow(ctx context.Context, at place, log *slog.Logger, absent func(error), session life) error {
-	if at.netns == "" {
-		return followLink(ctx, nil, at.name, log, absent, session)
+	return inSpace(ctx, at.netns, absent, func(ctx context.Context, space *wg.Space) error {
+		return followLink(ctx, space, at.name, log, absent, session)
+	})
+}
+
+// inSpace runs f in a network namespace, as in config.Device: each time it is made,
+// until it has lost its name. It says once by absent that there is none. It
+// returns nil when ctx ends, or an error that no waiting can help.
+func inSpace(ctx context.Context, netns string, absent func(error), f func(context.Context, *wg.Space) error) error {
+	if netns == "" {
+		return f(ctx, nil)
 	}
 	last := "" // the last complaint
 	for {
-		space, err := wg.OpenSpace(at.netns)
+		space, err := wg.OpenSpace(netns)
 		switch {
 		case hopeless(err) != nil:
 			return err
 		case err == nil:
 			last = ""
-			if err := followSpace(ctx, space, at.name, log, absent, session); err != nil {
+			if err := whileNamed(ctx, space, f); err != nil {
 				return err
 			}
 		case err.Error() != last:
@@ -63,13 +72,13 @@ func follow(ctx context.Context, at place, log *slog.Logger, absent func(error),
 	}
 }
 
-// followSpace is follow in a namespace, until that has lost its name. It closes the
+// whileNamed runs f in a namespace, until that has lost its name. It closes the
 // namespace, which lives as long as somebody holds it.
-func followSpace(ctx context.Context, space *wg.Space, name string, log *slog.Logger, absent func(error), session life) error {
+func whileNamed(ctx context.Context, space *wg.Space, f func(context.Context, *wg.Space) error) error {
 	defer space.Close()
 	inside, leave := context.WithCancel(ctx)
 	g, inside := errgroup.WithContext(inside)
-	g.Go(func() error { return followLink(inside, space, name, log, absent, session) })
+	g.Go(func() error { return f(inside, space) })
 	g.Go(func() error {
 		tick := time.NewTicker(spaceInterval)
 		defer tick.Stop()

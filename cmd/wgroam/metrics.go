@@ -8,12 +8,14 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/control"
 )
 
@@ -58,6 +60,11 @@ var metrics = []metric{
 	gauge("records_waiting", "Records of peers that the device does not have.", func(d control.DeviceStatus) float64 { return float64(d.Waiting) }),
 }
 
+var (
+	roleDesc  = prometheus.NewDesc("wgroam_role", "1 for the role that the node has for the device.", []string{"device", "netns", "role"}, nil)
+	alarmDesc = prometheus.NewDesc("wgroam_role_alarm", "1 while something is wrong with the roles.", []string{"device", "netns", "alarm"}, nil)
+)
+
 var refusedDesc = prometheus.NewDesc("wgroam_refused_total", "Frames and records that were refused.", []string{"device", "netns", "reason"}, nil)
 
 type metric struct {
@@ -79,6 +86,8 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, m := range metrics {
 		ch <- m.desc
 	}
+	ch <- roleDesc
+	ch <- alarmDesc
 	ch <- refusedDesc
 }
 
@@ -87,6 +96,14 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	for _, d := range c.d.status().Devices {
 		for _, m := range metrics {
 			ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(d), d.Name, d.Netns)
+		}
+		ch <- prometheus.MustNewConstMetric(roleDesc, prometheus.GaugeValue, 1, d.Name, d.Netns, d.Role)
+		for _, a := range failover.Alarms {
+			up := 0.0
+			if slices.ContainsFunc(d.Alarms, func(r control.RoleAlarm) bool { return r.Alarm == string(a) }) {
+				up = 1
+			}
+			ch <- prometheus.MustNewConstMetric(alarmDesc, prometheus.GaugeValue, up, d.Name, d.Netns, string(a))
 		}
 		for reason, n := range d.Feed.Refused {
 			ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.CounterValue, float64(n), d.Name, d.Netns, reason)

@@ -20,7 +20,12 @@ func TestCollector(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := &daemon{cfg: cfg, log: slog.New(slog.DiscardHandler), kernel: new(tracker.Kernel)}
-	d.devices = []*device{{cfg: cfg.Devices[0], d: d, log: d.log}}
+	d.cfg.StateDir = t.TempDir()
+	dev, err := newDevice(d, cfg.Devices[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.devices = []*device{dev}
 
 	problems, err := testutil.CollectAndLint(collector{d})
 	if err != nil {
@@ -30,11 +35,14 @@ func TestCollector(t *testing.T) {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
 	want := `
+# HELP wgroam_role 1 for the role that the node has for the device.
+# TYPE wgroam_role gauge
+wgroam_role{device="wg0",netns="",role="always"} 1
 # HELP wgroam_sweep_repairs_total Changes that only the slow sweep found.
 # TYPE wgroam_sweep_repairs_total counter
 wgroam_sweep_repairs_total{device="wg0",netns=""} 0
 `
-	if err := testutil.CollectAndCompare(collector{d}, strings.NewReader(want), "wgroam_sweep_repairs_total"); err != nil {
+	if err := testutil.CollectAndCompare(collector{d}, strings.NewReader(want), "wgroam_sweep_repairs_total", "wgroam_role"); err != nil {
 		t.Error(err)
 	}
 }

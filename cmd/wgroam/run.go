@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/privilege"
@@ -75,17 +76,18 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		defer d.shutdown()
 	}
 	for _, dc := range cfg.Devices {
-		if dc.Role != config.RoleAlways || len(dc.VIP) > 0 {
-			log.Warn("role, vip and standby are shown, and not acted on by this version", "device", dc.Name)
+		dev, err := newDevice(d, dc)
+		if err != nil {
+			return err
 		}
-		d.devices = append(d.devices, &device{cfg: dc, d: d, log: placeLog(log, dc.Netns).With("device", dc.Name)})
+		d.devices = append(d.devices, dev)
 	}
 
 	g, ctx := errgroup.WithContext(ctx)
 	if cfg.NATS.Listen != "" {
 		g.Go(func() error { d.serveLater(ctx); return nil })
 	}
-	ctl, err := control.Listen(cfg.ControlSocket, control.Handler{Status: d.status, Peers: d.peers, Events: d.events})
+	ctl, err := control.Listen(cfg.ControlSocket, control.Handler{Status: d.status, Peers: d.peers, Events: d.events, SetRole: d.setRole})
 	switch {
 	case errors.Is(err, control.ErrInUse):
 		return err
@@ -98,7 +100,14 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if cfg.MetricsListen != "" {
 		g.Go(func() error { return d.serveMetrics(ctx, cfg.MetricsListen) })
 	}
+	if cfg.KeepalivedFIFO != "" {
+		g.Go(func() error { failover.ReadFIFO(ctx, cfg.KeepalivedFIFO, log, d.vrrp); return nil })
+	}
 	for _, dev := range d.devices {
+		g.Go(func() error { dev.desk.Run(ctx); return nil })
+		if dev.watchesVIP() {
+			g.Go(func() error { return dev.watchVIP(ctx) })
+		}
 		g.Go(func() error {
 			return follow(ctx, place{dev.cfg.Netns, dev.cfg.Name}, dev.log, dev.absent, dev.session)
 		})

@@ -36,11 +36,12 @@ func (d *device) status() control.DeviceStatus {
 	d.mu.Unlock()
 
 	out := control.DeviceStatus{
-		Name: d.cfg.Name, Netns: d.cfg.Netns, Role: string(d.cfg.Role), Standby: string(d.cfg.Standby), VIP: d.cfg.VIP,
+		Name: d.cfg.Name, Netns: d.cfg.Netns, Standby: string(d.cfg.Standby), VIP: d.cfg.VIP,
 		Group: group, State: control.StateWaiting,
 		Detector: control.Detector{Rung: control.RungNone},
 		Feed:     control.FeedStatus{Mode: control.FeedNone, Listen: d.d.cfg.NATS.Listen},
 	}
+	d.roleStatus(&out)
 	switch {
 	case d.d.cfg.NATS.Existing():
 		out.Feed.Mode = control.FeedExisting
@@ -194,7 +195,11 @@ func unhealthy(s control.Status) error {
 }
 
 func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
-	fmt.Fprintf(w, "\ndevice\t%s: %s, role %s, group %s\n", where(d.Name, d.Netns), d.State, d.Role, d.Group)
+	fmt.Fprintf(w, "\ndevice\t%s: %s, group %s\n", where(d.Name, d.Netns), d.State, d.Group)
+	fmt.Fprintf(w, "role\t%s\n", roleLine(d))
+	for _, a := range d.Alarms {
+		fmt.Fprintf(w, "alarm\t%s: %s\n", a.Alarm, a.Detail)
+	}
 	fmt.Fprintf(w, "detector\t%s\n", withReason(d.Detector.Rung, d.Detector.Reason))
 	fmt.Fprintf(w, "changes\t%d seen, %d held back, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Limited, d.Lost, d.Resyncs, d.SweepRepairs)
 	fmt.Fprintf(w, "peers\t%d in the device, %d records, %d of them waiting for their peer\n", d.Peers, d.Records, d.Waiting)

@@ -19,6 +19,9 @@ type Config struct {
 	NATS    NATS
 	// MaxSkew is how far ahead of this node's clock another node's may be.
 	MaxSkew time.Duration
+	// KeepalivedFIFO is the absolute path of keepalived's vrrp_notify_fifo; "" for
+	// none.
+	KeepalivedFIFO string
 	// StateDir is the absolute path of the directory for snapshots of the tables.
 	StateDir string
 	// ControlSocket is the absolute path of the unix socket for the verbs.
@@ -27,8 +30,7 @@ type Config struct {
 	MetricsListen string
 }
 
-// Role is what a node does with a device. Acting on it is not part of this
-// version: every node behaves as RoleAlways.
+// Role is what a node does with a device.
 type Role string
 
 // The roles.
@@ -59,6 +61,9 @@ type Device struct {
 	Standby Standby
 	// VIP are the virtual IP addresses of the group, without zone; nil for none.
 	VIP []netip.Addr
+	// VRRP is the name of keepalived's VRRP instance or group that the role
+	// follows; "" for none.
+	VRRP string
 	// SecretFile is the absolute path that Secret was read from; "" for none.
 	SecretFile string
 	// Secret is mixed into the keys of the feed: 32 bytes to 64 KiB, nil for

@@ -25,13 +25,16 @@ import (
 // The types named raw are the file as it is written. An empty value, like a
 // missing one, stands for the default.
 type raw struct {
-	Node    string      `toml:"node"`
-	Device  []rawDevice `toml:"device"`
-	NATS    rawNATS     `toml:"nats"`
-	Feed    rawFeed     `toml:"feed"`
-	State   rawState    `toml:"state"`
-	Control rawControl  `toml:"control"`
-	Metrics rawMetrics  `toml:"metrics"`
+	Node   string      `toml:"node"`
+	Device []rawDevice `toml:"device"`
+	NATS   rawNATS     `toml:"nats"`
+	Feed   rawFeed     `toml:"feed"`
+
+	Keepalived rawKeepalived `toml:"keepalived"`
+
+	State   rawState   `toml:"state"`
+	Control rawControl `toml:"control"`
+	Metrics rawMetrics `toml:"metrics"`
 }
 
 type rawDevice struct {
@@ -39,6 +42,7 @@ type rawDevice struct {
 	Netns         string   `toml:"netns"`
 	Role          string   `toml:"role"`
 	VIP           []string `toml:"vip"`
+	VRRP          string   `toml:"vrrp"`
 	Standby       string   `toml:"standby"`
 	SecretFile    string   `toml:"secret_file"`
 	PollInterval  string   `toml:"poll_interval"`
@@ -63,6 +67,10 @@ type rawTLS struct {
 
 type rawFeed struct {
 	MaxSkew string `toml:"max_skew"`
+}
+
+type rawKeepalived struct {
+	FIFO string `toml:"fifo"`
 }
 
 type rawState struct {
@@ -189,9 +197,11 @@ func Parse(name string, data []byte) (Config, error) {
 func (p *parser) config(r raw) Config {
 	def := defaults()
 	c := Config{
-		Node:          r.Node,
-		NATS:          p.nats(r.NATS),
-		MaxSkew:       p.duration(-1, "feed.max_skew", cmp.Or(r.Feed.MaxSkew, def.Feed.MaxSkew), 10*time.Millisecond, time.Hour),
+		Node:           r.Node,
+		NATS:           p.nats(r.NATS),
+		MaxSkew:        p.duration(-1, "feed.max_skew", cmp.Or(r.Feed.MaxSkew, def.Feed.MaxSkew), 10*time.Millisecond, time.Hour),
+		KeepalivedFIFO: p.path(-1, "keepalived.fifo", r.Keepalived.FIFO),
+
 		StateDir:      p.path(-1, "state.dir", cmp.Or(r.State.Dir, def.State.Dir)),
 		ControlSocket: p.path(-1, "control.socket", cmp.Or(r.Control.Socket, def.Control.Socket)),
 		MetricsListen: p.hostPort("metrics.listen", r.Metrics.Listen, true),
@@ -212,6 +222,12 @@ func (p *parser) config(r raw) Config {
 		if slices.ContainsFunc(c.Devices[:i], func(o Device) bool { return o.Name == d.Name && o.Netns == netns }) {
 			p.mistake(i, "device.name", "%q is there twice: keep one, or say in which netns the other is", d.Name)
 		}
+		if d.VRRP != "" && r.Keepalived.FIFO == "" {
+			p.mistake(i, "device.vrrp", "there is no way to hear of it: set keepalived.fifo to the path of keepalived's vrrp_notify_fifo")
+		}
+	}
+	if r.Keepalived.FIFO != "" && !slices.ContainsFunc(c.Devices, func(d Device) bool { return d.VRRP != "" }) {
+		p.mistake(-1, "keepalived.fifo", "no device follows it: set device.vrrp to the name of a VRRP instance or group")
 	}
 	return c
 }
@@ -222,6 +238,7 @@ func (p *parser) device(i int, r, def rawDevice) Device {
 		Netns:         p.netns(i, r.Netns),
 		Role:          Role(cmp.Or(r.Role, def.Role)),
 		Standby:       Standby(cmp.Or(r.Standby, def.Standby)),
+		VRRP:          r.VRRP,
 		SecretFile:    p.path(i, "device.secret_file", r.SecretFile),
 		PollInterval:  p.duration(i, "device.poll_interval", cmp.Or(r.PollInterval, def.PollInterval), 10*time.Millisecond, time.Hour),
 		SweepInterval: p.duration(i, "device.sweep_interval", cmp.Or(r.SweepInterval, def.SweepInterval), time.Second, 24*time.Hour),
@@ -238,6 +255,12 @@ func (p *parser) device(i int, r, def rawDevice) Device {
 	case StandbyDown, StandbySilent:
 	default:
 		p.mistake(i, "device.standby", "%q is not a way to stand by: want down or silent", d.Standby)
+	}
+	switch {
+	case strings.ContainsFunc(d.VRRP, func(r rune) bool { return !unicode.IsGraphic(r) }):
+		p.mistake(i, "device.vrrp", "%q is not the name of a VRRP instance or group", d.VRRP)
+	case d.VRRP != "" && d.Role != RoleAuto:
+		p.mistake(i, "device.vrrp", `the role is fixed: set role = "auto", or remove this key`)
 	}
 	for _, s := range r.VIP {
 		a, err := netip.ParseAddr(s)

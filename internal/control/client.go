@@ -27,7 +27,18 @@ var ErrNoDaemon = errors.New("no daemon answers")
 // The error wraps ErrNoDaemon when there is none, fs.ErrPermission when the
 // caller may not ask, and ctx.Err() when ctx is done.
 func Get(ctx context.Context, path, verb string, out any) error {
-	return ask(ctx, path, verb, func(r *bufio.Reader) error {
+	return get(ctx, path, request{Verb: verb}, out)
+}
+
+// SetRole gives the verb's word on the role of a device, or of all that listen to it
+// if the device is empty: active, standby, or auto to take it back. It decodes the
+// *Status after that into out. Errors are as of Get.
+func SetRole(ctx context.Context, path, device, role string, out any) error {
+	return get(ctx, path, request{Verb: VerbRole, Device: device, Role: role}, out)
+}
+
+func get(ctx context.Context, path string, req request, out any) error {
+	return ask(ctx, path, req, func(r *bufio.Reader) error {
 		raw, err := io.ReadAll(r)
 		if err != nil {
 			return err
@@ -48,7 +59,7 @@ func Get(ctx context.Context, path, verb string, out any) error {
 // wraps io.EOF when the daemon has ended, or one as of Get; never nil.
 func Stream(ctx context.Context, path, verb string, each func(json.RawMessage) error) error {
 	var stopped error
-	err := ask(ctx, path, verb, func(r *bufio.Reader) error {
+	err := ask(ctx, path, request{Verb: verb}, func(r *bufio.Reader) error {
 		for {
 			line, err := r.ReadBytes('\n')
 			if err != nil {
@@ -81,7 +92,7 @@ func refusal(answer []byte) error {
 	return errors.New(f.Error)
 }
 
-func ask(ctx context.Context, path, verb string, read func(*bufio.Reader) error) error {
+func ask(ctx context.Context, path string, req request, read func(*bufio.Reader) error) error {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", path)
 	switch {
@@ -99,7 +110,7 @@ func ask(ctx context.Context, path, verb string, read func(*bufio.Reader) error)
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 
-	err = encode(c, request{verb})
+	err = encode(c, req)
 	if err == nil {
 		err = read(bufio.NewReader(c))
 	}
@@ -111,6 +122,6 @@ func ask(ctx context.Context, path, verb string, read func(*bufio.Reader) error)
 	case errors.Is(err, io.EOF), errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):
 		return fmt.Errorf("the daemon on %s has ended: %w", path, io.EOF)
 	default:
-		return fmt.Errorf("the daemon on %s, verb %s: %w", path, verb, err)
+		return fmt.Errorf("the daemon on %s, verb %s: %w", path, req.Verb, err)
 	}
 }

@@ -45,7 +45,9 @@ func testStatus() Status {
 		Devices: []DeviceStatus{
 			{Name: "wg0", Netns: "blue", State: StateWaiting, Role: "always", Standby: "down", Detector: Detector{Rung: RungNone, Reason: "no device wg0"}, Feed: FeedStatus{Mode: FeedNone}},
 			{
-				Name: "wg0", NetnsInode: 4026531840, Ifindex: 7, State: StateUp, Role: "auto", Standby: "silent",
+				Name: "wg0", NetnsInode: 4026531840, Ifindex: 7, State: StateUp, Role: "standby", Standby: "silent",
+				RoleBy: "vrrp", RoleSince: time.Date(2026, 11, 23, 7, 0, 4, 0, zone),
+				Alarms:   []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",
 				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"},
@@ -126,7 +128,12 @@ func run(t *testing.T, s *Server) (stop func()) {
 }
 
 func handler() Handler {
-	return Handler{Status: testStatus, Peers: testPeers, Events: NewHub()}
+	return Handler{Status: testStatus, Peers: testPeers, Events: NewHub(), SetRole: func(device, role string) error {
+		if role != "active" || device != "wg0" {
+			return fmt.Errorf("%s of %s", role, strings.TrimSpace(device+" all"))
+		}
+		return nil
+	}}
 }
 
 // golden compares got, one JSON document on one line, with a file.
@@ -446,9 +453,12 @@ func TestRequests(t *testing.T) {
 	for _, tt := range []struct{ name, request, want string }{
 		{"no newline", `{"verb":"peers"}`, `{"schema":1,"peers":[`},
 		{"spaces", ` { "verb" : "peers" } ` + "\r\n", `{"schema":1,"peers":[`},
-		{"unknown verb", `{"verb":"role"}` + "\n", `{"error":"this daemon does not know the verb \"role\""}`},
+		{"unknown verb", `{"verb":"roles"}` + "\n", `{"error":"this daemon does not know the verb \"roles\""}`},
+		{"role", `{"verb":"role","device":"wg0","role":"active"}` + "\n", `{"schema":1,"node":`},
+		{"role refused", `{"verb":"role","role":"king"}` + "\n", `{"error":"king of all"}`},
+		{"role for another verb", `{"verb":"status","role":"active"}` + "\n", `{"error":"the verb \"status\" takes neither role nor device"}`},
 		{"no verb", "{}\n", `{"error":"this daemon does not know the verb \"\""}`},
-		{"unknown field", `{"verb":"status","device":"wg0"}` + "\n", `{"error":"malformed request, want {\"verb\":\"status\"}: json: unknown field \"device\""}`},
+		{"unknown field", `{"verb":"status","dev":"wg0"}` + "\n", `{"error":"malformed request, want {\"verb\":\"status\"}: json: unknown field \"dev\""}`},
 		{"not JSON", "status\n", `{"error":"malformed request, want`},
 		{"empty line", "\n", `{"error":"malformed request, want`},
 		{"nothing", "", `{"error":"no request: EOF"}`},
@@ -477,17 +487,17 @@ func FuzzRequest(f *testing.F) {
 	f.Add([]byte(`{"verb":"watch"}`))
 	f.Add([]byte(" {\"verb\":\"\\u0000\"}\t\n{"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		verb, err := readRequest(strings.NewReader(string(data)))
+		req, err := readRequest(strings.NewReader(string(data)))
 		if err != nil {
-			if verb != "" {
-				t.Errorf("verb %q with error %v", verb, err)
+			if req != (request{}) {
+				t.Errorf("%+v with error %v", req, err)
 			}
 			return
 		}
 		line, _, _ := strings.Cut(string(data), "\n")
 		var r request
-		if err := json.Unmarshal([]byte(line), &r); err != nil || r.Verb != verb {
-			t.Errorf("%q is verb %q for us, %q for encoding/json (%v)", line, verb, r.Verb, err)
+		if err := json.Unmarshal([]byte(line), &r); err != nil || r != req {
+			t.Errorf("%q is %+v for us, %+v for encoding/json (%v)", line, req, r, err)
 		}
 	})
 }
@@ -496,12 +506,12 @@ func TestClientErrors(t *testing.T) {
 	path := serve(t, handler())
 	var out Status
 
-	err := Get(t.Context(), path, "role", &out)
-	if want := `the daemon on ` + path + `, verb role: this daemon does not know the verb "role"`; err == nil || err.Error() != want {
+	err := Get(t.Context(), path, "roles", &out)
+	if want := `the daemon on ` + path + `, verb roles: this daemon does not know the verb "roles"`; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
-	err = Stream(t.Context(), path, "role", func(json.RawMessage) error { return nil })
-	if err == nil || !strings.Contains(err.Error(), `does not know the verb "role"`) {
+	err = Stream(t.Context(), path, "roles", func(json.RawMessage) error { return nil })
+	if err == nil || !strings.Contains(err.Error(), `does not know the verb "roles"`) {
 		t.Errorf("got %v", err)
 	}
 

@@ -45,7 +45,10 @@ type DeviceStatus struct {
 	NetnsInode uint32       `json:"netns_inode"`
 	Ifindex    int          `json:"ifindex"` // 0 without a device
 	State      string       `json:"state"`   // up, down, missing, waiting
-	Role       string       `json:"role"`    // active, standby, always, auto
+	Role       string       `json:"role"`    // active, standby, always; unknown for the first moment
+	RoleBy     string       `json:"role_by"` // who gives the role: config, verb, vrrp, vip, none
+	RoleSince  time.Time    `json:"role_since"`
+	Alarms     []RoleAlarm  `json:"alarms"`  // what is wrong with the roles; empty in health
 	Standby    string       `json:"standby"` // down, silent
 	VIP        []netip.Addr `json:"vip"`     // in the order of the configuration
 	Group      string       `json:"group"`   // group id; empty until the device's key is known
@@ -66,6 +69,14 @@ type DeviceStatus struct {
 
 	Snapshot Snapshot   `json:"snapshot"`
 	Feed     FeedStatus `json:"feed"`
+}
+
+// RoleAlarm is something wrong with the roles of a group's nodes.
+type RoleAlarm struct {
+	Alarm  string    `json:"alarm"`  // conflict, two_actives, traffic
+	Detail string    `json:"detail"` // for people
+	Do     string    `json:"do"`     // what to do about it
+	Since  time.Time `json:"since"`  // RFC 3339, UTC
 }
 
 // Snapshot is the file that keeps the table.
@@ -216,6 +227,11 @@ func (s Status) settle() Status {
 	for i := range s.Devices {
 		d := &s.Devices[i]
 		d.VIP = append([]netip.Addr{}, d.VIP...)
+		d.RoleSince = d.RoleSince.UTC()
+		d.Alarms = append([]RoleAlarm{}, d.Alarms...)
+		for j := range d.Alarms {
+			d.Alarms[j].Since = d.Alarms[j].Since.UTC()
+		}
 		if !d.Snapshot.Written.IsZero() {
 			d.Snapshot.Written = d.Snapshot.Written.UTC()
 		}

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
 
 // Package control is the unix socket between the daemon and the verbs that ask
-// it something: status, peers and watch.
+// it something, or tell it: status, peers, watch and role.
 //
 // A client sends one line, {"verb":"status"}. The answer to status is a
 // Status, to peers a Peers: one JSON document on one line, after which the
-// server closes. The answer to watch is a line per Event until either side
+// server closes. {"verb":"role","role":"active"} gives the verb's word on the role
+// of all devices that listen to it, or of {"device":"wg0"} alone, and the answer is
+// the Status after that; the role auto takes the word back. The answer to watch is a line per Event until either side
 // closes; a Missed stands where the client was too slow, and a Missed of 0
 // comes first, to say that the client hears of everything from then on. An
 // answer {"error":"..."} says why there is no other.
@@ -37,6 +39,7 @@ const (
 	VerbStatus = "status"
 	VerbPeers  = "peers"
 	VerbWatch  = "watch"
+	VerbRole   = "role"
 )
 
 const (
@@ -54,6 +57,9 @@ type Handler struct {
 	Status func() Status
 	Peers  func() []Peer
 	Events *Hub
+	// SetRole gives the verb's word: active, standby, or auto to take it back. The
+	// device is empty for all whose role is not fixed.
+	SetRole func(device, role string) error
 }
 
 // Server is a control socket.
@@ -206,55 +212,65 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 	defer stop()
 
 	_ = c.SetDeadline(time.Now().Add(requestTimeout))
-	verb, err := readRequest(c)
+	req, err := readRequest(c)
 	_ = c.SetDeadline(time.Now().Add(answerTimeout))
 	switch {
 	case err != nil:
 		_ = encode(c, failure{err.Error()})
-	case verb == VerbStatus:
+	case req.Verb != VerbRole && (req.Role != "" || req.Device != ""):
+		_ = encode(c, failure{fmt.Sprintf("the verb %q takes neither role nor device", req.Verb)})
+	case req.Verb == VerbRole:
+		if err := s.handler.SetRole(req.Device, req.Role); err != nil {
+			_ = encode(c, failure{err.Error()})
+			return
+		}
 		_ = encode(c, s.handler.Status().settle())
-	case verb == VerbPeers:
+	case req.Verb == VerbStatus:
+		_ = encode(c, s.handler.Status().settle())
+	case req.Verb == VerbPeers:
 		_ = encode(c, settlePeers(s.handler.Peers()))
-	case verb == VerbWatch:
+	case req.Verb == VerbWatch:
 		// A client may stop reading for as long as it likes (a pager does):
 		// its queue is bounded, and nobody waits for it.
 		_ = c.SetDeadline(time.Time{})
 		s.watch(ctx, c)
 	default:
-		_ = encode(c, failure{fmt.Sprintf("this daemon does not know the verb %q", verb)})
+		_ = encode(c, failure{fmt.Sprintf("this daemon does not know the verb %q", req.Verb)})
 	}
 }
 
 type request struct {
-	Verb string `json:"verb"`
+	Verb   string `json:"verb"`
+	Role   string `json:"role,omitempty"`
+	Device string `json:"device,omitempty"`
 }
 
 type failure struct {
 	Error string `json:"error"`
 }
 
-// readRequest reads one line and returns its verb.
-func readRequest(r io.Reader) (verb string, err error) {
+// readRequest reads one line.
+func readRequest(r io.Reader) (request, error) {
 	line, err := bufio.NewReaderSize(r, maxRequest).ReadSlice('\n')
 	switch {
 	case errors.Is(err, bufio.ErrBufferFull):
-		return "", fmt.Errorf("the request is longer than %d bytes", maxRequest)
+		return request{}, fmt.Errorf("the request is longer than %d bytes", maxRequest)
 	case errors.Is(err, io.EOF) && len(line) > 0:
 		// A last line needs no newline.
 	case err != nil:
-		return "", fmt.Errorf("no request: %w", err)
+		return request{}, fmt.Errorf("no request: %w", err)
 	}
 	var req request
 	// What this daemon does not understand it must not ignore.
 	d := json.NewDecoder(bytes.NewReader(line))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&req); err != nil {
-		return "", fmt.Errorf(`malformed request, want {"verb":"status"}: %w`, err)
+		return request{}, fmt.Errorf(`malformed request, want {"verb":"status"}: %w`, err)
 	}
 	if d.InputOffset() != int64(len(bytes.TrimRight(line, " \t\r\n"))) {
-		return "", errors.New("malformed request: more than one JSON value on the line")
+		return request{}, errors.New("malformed request: more than one JSON value on the line")
 	}
-	return req.Verb, nil
+	return req, nil
 }
 
 func (s *Server) watch(ctx context.Context, c net.Conn) {

@@ -172,7 +172,7 @@ func (f *File) write() {
 	keys := f.changes.Take(f.changes.Len())
 	records := f.cfg.Table.Records()
 	now := time.Now()
-	err := replace(f.path, Encode(f.cfg.Keys, records, now))
+	err := Replace(f.path, Encode(f.cfg.Keys, records, now))
 
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -193,9 +193,9 @@ func (f *File) write() {
 	f.status.Written, f.status.Records, f.status.Err = now, len(records), nil
 }
 
-// replace puts data in the place of a file, whatever happens meanwhile: after a
+// Replace puts data in the place of a file, whatever happens meanwhile: after a
 // crash there is the old file or the new one.
-func replace(path string, data []byte) error {
+func Replace(path string, data []byte) error {
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err

@@ -94,23 +94,34 @@ func (c *Client) Names() ([]string, error) {
 // have appeared, changed or gone, and once at the start. It is only a wake-up; the callee looks
 // for itself. It returns when ctx ends, or with an error if the kernel refuses.
 func WatchLinks(ctx context.Context, wake func()) error {
+	return watch(ctx, "links", wake, func(updates chan<- netlink.LinkUpdate, done <-chan struct{}, failed func(error)) error {
+		return netlink.LinkSubscribeWithOptions(updates, done, netlink.LinkSubscribeOptions{ErrorCallback: failed})
+	})
+}
+
+// WatchAddrs is WatchLinks for the addresses of links.
+func WatchAddrs(ctx context.Context, wake func()) error {
+	return watch(ctx, "addresses", wake, func(updates chan<- netlink.AddrUpdate, done <-chan struct{}, failed func(error)) error {
+		return netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{ErrorCallback: failed})
+	})
+}
+
+func watch[Update any](ctx context.Context, what string, wake func(), subscribe func(chan<- Update, <-chan struct{}, func(error)) error) error {
 	for {
-		// Buffered, so that a burst of links does not overrun the socket while
-		// the callee looks.
-		updates := make(chan netlink.LinkUpdate, 256)
+		// Buffered, so that a burst does not overrun the socket while the callee
+		// looks.
+		updates := make(chan Update, 256)
 		done := make(chan struct{})
 		failed := make(chan error, 1)
-		err := netlink.LinkSubscribeWithOptions(updates, done, netlink.LinkSubscribeOptions{
-			ErrorCallback: func(err error) {
-				select {
-				case failed <- err:
-				default:
-				}
-			},
+		err := subscribe(updates, done, func(err error) {
+			select {
+			case failed <- err:
+			default:
+			}
 		})
 		if err != nil {
 			close(done)
-			return fmt.Errorf("watch links: %w", err)
+			return fmt.Errorf("watch %s: %w", what, err)
 		}
 		// Whatever happened before or between two subscriptions.
 		wake()
@@ -136,7 +147,7 @@ func WatchLinks(ctx context.Context, wake func()) error {
 			err = errors.New("subscription ended")
 		}
 		if errors.Is(err, os.ErrPermission) {
-			return fmt.Errorf("watch links: %w", err)
+			return fmt.Errorf("watch %s: %w", what, err)
 		}
 		select {
 		case <-ctx.Done():

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"text/tabwriter"
+	"time"
+
+	"github.com/wgroam/wgroam/applier"
+	"github.com/wgroam/wgroam/failover"
+	"github.com/wgroam/wgroam/internal/config"
+	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/feed"
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// newDevice returns a device of the configuration, without a session.
+func newDevice(d *daemon, dc config.Device) (*device, error) {
+	dev := &device{cfg: dc, d: d, log: placeLog(d.log, dc.Netns).With("device", dc.Name)}
+	memory, err := failover.OpenMemory(d.cfg.StateDir, where(dc.Name, dc.Netns))
+	if memory == nil {
+		return nil, err
+	}
+	if err != nil {
+		dev.log.Error("what the verb role and keepalived said last is not known", "err", err)
+	}
+	fixed := failover.Role(dc.Role)
+	if dc.Role == config.RoleAuto {
+		fixed = ""
+	}
+	dev.desk = failover.NewDesk(failover.DeskConfig{
+		Fixed: fixed, VIP: dev.watchesVIP(), Memory: memory, Others: dev.actives, Log: dev.log,
+	})
+	return dev, nil
+}
+
+// watchesVIP tells whether the virtual IP is a source of the role.
+func (d *device) watchesVIP() bool { return d.cfg.Role == config.RoleAuto && len(d.cfg.VIP) > 0 }
+
+// actives returns the names of the other nodes that are active.
+func (d *device) actives() []string {
+	d.mu.Lock()
+	s := d.current
+	d.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	var out []string
+	for _, n := range s.merger.Nodes() {
+		if n.Role == feed.RoleActive && n.State != applier.NodeStale {
+			out = append(out, s.merger.NameOf(n.ID))
+		}
+	}
+	return out
+}
+
+// feedRole is the role as the others hear of it.
+func (d *device) feedRole() feed.Role {
+	switch role, _, _ := d.desk.Role(); role {
+	case failover.Active:
+		return feed.RoleActive
+	case failover.Standby:
+		return feed.RoleStandby
+	case failover.Always:
+		return feed.RoleAlways
+	}
+	return feed.RoleUnknown
+}
+
+// watchVIP tells the desk where the virtual IP is, until ctx ends.
+func (d *device) watchVIP(ctx context.Context) error {
+	return inSpace(ctx, d.cfg.Netns, func(err error) {
+		d.log.Warn("cannot see the virtual IP; trying again", "err", err)
+	}, func(ctx context.Context, space *wg.Space) error {
+		return space.Do(func() error {
+			return failover.WatchVIP(ctx, d.cfg.VIP, func(here bool) {
+				role := failover.Standby
+				if here {
+					role = failover.Active
+				}
+				// Only words that are kept can fail.
+				_ = d.desk.Say(failover.ByVIP, role)
+			})
+		})
+	})
+}
+
+// vrrp passes on what keepalived says.
+func (d *daemon) vrrp(n failover.Notice) {
+	for _, dev := range d.devices {
+		if dev.cfg.VRRP != n.Name {
+			continue
+		}
+		if err := dev.desk.Say(failover.ByVRRP, n.Role); err != nil {
+			dev.log.Error("keepalived's word is not kept", "err", err)
+		}
+	}
+}
+
+// setRole gives the verb's word to a device, named as in the status, or to all
+// whose role is not fixed.
+func (d *daemon) setRole(name, word string) error {
+	role := failover.Role(word)
+	switch role {
+	case failover.Active, failover.Standby:
+	case "auto":
+		role = ""
+	default:
+		return fmt.Errorf("%q is not a role to set: want active, standby, or auto to take the verb's word back", word)
+	}
+	var errs []error
+	found := false
+	for _, dev := range d.devices {
+		switch {
+		case name == "" && dev.cfg.Role != config.RoleAuto:
+			continue
+		case name != "" && name != where(dev.cfg.Name, dev.cfg.Netns):
+			continue
+		}
+		found = true
+		if err := dev.desk.Say(failover.ByVerb, role); err != nil {
+			errs = append(errs, fmt.Errorf("device %s: %w", where(dev.cfg.Name, dev.cfg.Netns), err))
+		}
+	}
+	switch {
+	case !found && name == "":
+		return fmt.Errorf("%w: set role = \"auto\" for the devices that the verb is to decide on", failover.ErrFixed)
+	case !found:
+		return fmt.Errorf("this daemon has no device %s: wgroam status names those that it has", name)
+	}
+	return errors.Join(errs...)
+}
+
+// roleStatus adds the role to the status.
+func (d *device) roleStatus(out *control.DeviceStatus) {
+	role, by, since := d.desk.Role()
+	out.Role, out.RoleBy, out.RoleSince = string(role), string(by), since
+	if role == "" {
+		out.Role = "unknown"
+	}
+	for _, a := range d.desk.Alarms() {
+		out.Alarms = append(out.Alarms, control.RoleAlarm{
+			Alarm: string(a.Alarm), Detail: a.Detail, Do: a.Alarm.Advice(), Since: a.Since,
+		})
+	}
+}
+
+func roleVerb(ctx context.Context, e env, args []string) error {
+	fs, parse := flags(e, "role")
+	asJSON := fs.Bool("json", false, "print the status as JSON")
+	socket := fs.String("socket", defaultSocket, "control socket of the daemon")
+	device := fs.String("device", "", "one device, as status names it, instead of all")
+	word := ""
+	if len(args) > 0 && args[0] != "" && args[0][0] != '-' {
+		word, args = args[0], args[1:]
+	}
+	if err := parse(args); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var raw json.RawMessage
+	var err error
+	if word == "" {
+		err = control.Get(ctx, *socket, control.VerbStatus, &raw)
+	} else {
+		err = control.SetRole(ctx, *socket, *device, word, &raw)
+	}
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		_, err := fmt.Fprintf(e.stdout, "%s\n", raw)
+		return err
+	}
+	var status control.Status
+	if err := json.Unmarshal(raw, &status); err != nil {
+		return fmt.Errorf("answer of the daemon: %w", err)
+	}
+	w := tabwriter.NewWriter(e.stdout, 0, 0, 2, ' ', 0)
+	for _, d := range status.Devices {
+		if name := where(d.Name, d.Netns); *device == "" || *device == name {
+			fmt.Fprintf(w, "%s\t%s\n", name, roleLine(d))
+			for _, a := range d.Alarms {
+				fmt.Fprintf(w, "\t%s: %s\n\t  %s\n", a.Alarm, a.Detail, a.Do)
+			}
+		}
+	}
+	return w.Flush()
+}
+
+// roleLine is a device's role for people.
+func roleLine(d control.DeviceStatus) string {
+	return fmt.Sprintf("%s by %s, for %s", d.Role, d.RoleBy, time.Since(d.RoleSince).Round(time.Second))
+}

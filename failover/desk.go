@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT
+
+package failover
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+)
+
+// ErrFixed is what Say wraps when the configuration fixes the role.
+var ErrFixed = errors.New("the role is fixed")
+
+// DeskConfig describes a Desk.
+type DeskConfig struct {
+	// Fixed is the role that the configuration fixes; empty if the sources decide.
+	Fixed Role
+	// VIP says that ByVIP is a source, and will speak soon.
+	VIP bool
+	// Memory keeps what the verb and keepalived said.
+	Memory *Memory
+	// Others returns the names of the other nodes that say they are active. It must
+	// not call the Desk.
+	Others func() []string
+	Log    *slog.Logger
+}
+
+// Desk is where the sources of a device's role report, and where the role is to
+// be had. It outlives the device's links.
+//
+// A Desk is safe for concurrent use.
+type Desk struct {
+	cfg DeskConfig
+
+	mu      sync.Mutex
+	words   words
+	since   time.Time // of the role
+	heard   time.Time // the last authenticated packet that a standby got
+	watches map[Alarm]*watch
+}
+
+// NewDesk returns a Desk that knows what the memory does.
+func NewDesk(cfg DeskConfig) *Desk {
+	d := &Desk{cfg: cfg, since: time.Now(), watches: make(map[Alarm]*watch)}
+	for _, a := range Alarms {
+		d.watches[a] = &watch{}
+	}
+	d.words.Config = cfg.Fixed
+	d.words.wait = cfg.VIP
+	if cfg.Fixed == "" {
+		d.words.Verb, d.words.VRRP = cfg.Memory.words()
+	}
+	return d
+}
+
+// Role returns the role, who gives it, and since when it is so. The role is empty
+// while it is not known yet.
+func (d *Desk) Role() (Role, Source, time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	role, by := d.words.decide()
+	return role, by, d.since
+}
+
+// Say gives a source's word; an empty role takes it back. The error wraps ErrFixed
+// if the configuration fixes the role, or says that the word is in memory only.
+func (d *Desk) Say(by Source, role Role) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.words.Config != "" {
+		return fmt.Errorf("%w: the configuration says %s: set role = \"auto\" there", ErrFixed, d.words.Config)
+	}
+	before, _ := d.words.decide()
+	for _, s := range d.words.said() {
+		if s.by == by {
+			if *s.role == role {
+				return nil
+			}
+			*s.role = role
+		}
+	}
+	after, decides := d.words.decide()
+	if after != before {
+		d.since = time.Now()
+		d.cfg.Log.Info("the role has changed", "role", after, "by", decides)
+	}
+	if by == ByVIP {
+		return nil // it can be seen again
+	}
+	if err := d.cfg.Memory.keepWords(d.words.Verb, d.words.VRRP); err != nil {
+		return fmt.Errorf("the role is %s, but that will be forgotten when this daemon ends: %w", after, err)
+	}
+	return nil
+}
+
+// Heard notes that a peer was authenticated by this node at that time.
+func (d *Desk) Heard(at time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if role, _ := d.words.decide(); role == Standby && at.After(d.since) {
+		d.heard = at
+		d.see(AlarmTraffic, "peers talk to this node", at, 0)
+	}
+}
+
+// Alarms returns the alarms that are up.
+func (d *Desk) Alarms() []Raised {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return raised(d.watches)
+}
+
+// lookEvery is how often the conditions of alarms are looked at.
+const lookEvery = 250 * time.Millisecond
+
+// Run looks after the alarms until ctx ends.
+func (d *Desk) Run(ctx context.Context) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		d.look(time.Now(), d.cfg.Others())
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// look looks at the conditions of all alarms, with the nodes that say they are
+// active.
+func (d *Desk) look(now time.Time, actives []string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	role, by := d.words.decide()
+	detail := d.words.conflict()
+	if detail != "" {
+		detail = fmt.Sprintf("%s by %s, but %s", role, by, detail)
+	}
+	d.see(AlarmConflict, detail, now, settle)
+	detail = ""
+	if role == Active && len(actives) > 0 {
+		detail = "also active: " + strings.Join(actives, ", ")
+	}
+	d.see(AlarmTwoActives, detail, now, settle)
+	if role != Standby || d.heard.Before(d.since) || now.Sub(d.heard) > trafficFor {
+		d.see(AlarmTraffic, "", now, 0)
+	}
+}
+
+// see says once that an alarm came up or went. d.mu is held.
+func (d *Desk) see(a Alarm, detail string, now time.Time, after time.Duration) {
+	w := d.watches[a]
+	if !w.see(detail, now, after) {
+		return
+	}
+	if w.raised {
+		d.cfg.Log.Error(advice[a], "alarm", a, "detail", detail)
+	} else {
+		d.cfg.Log.Info("an alarm is over", "alarm", a)
+	}
+}
+
+// advice says what an alarm means.
+var advice = map[Alarm]string{
+	AlarmConflict:   "the sources of the role do not agree: correct the one that is wrong, or take the verb's word back with wgroam role auto",
+	AlarmTwoActives: "two nodes are active and take the peers from each other: make one of them standby",
+	AlarmTraffic:    "peers talk to this node, which is a standby: look where the virtual IP is, and who routes to this node",
+}
+
+// Advice says what an alarm means, and what to do about it.
+func (a Alarm) Advice() string { return advice[a] }

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: MIT
+
+package failover
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Notice is what keepalived says of a VRRP instance or group.
+type Notice struct {
+	Name string
+	Role Role // Active or Standby
+}
+
+// parseNotice reads a line of keepalived's vrrp_notify_fifo, such as
+//
+//	INSTANCE "VI_1" MASTER 100
+//
+// ok is false for a line that changes no role: a state that keepalived has and we
+// do not need, or may have one day; or no such line at all.
+func parseNotice(line string) (n Notice, ok bool) {
+	kind, rest, _ := strings.Cut(line, ` "`)
+	if kind != "INSTANCE" && kind != "GROUP" {
+		return Notice{}, false
+	}
+	end := strings.LastIndex(rest, `" `)
+	if end < 0 {
+		return Notice{}, false
+	}
+	state, _, _ := strings.Cut(rest[end+2:], " ")
+	n.Name = rest[:end]
+	switch state {
+	case "MASTER":
+		n.Role = Active
+	case "BACKUP", "FAULT", "STOP", "DELETED":
+		n.Role = Standby
+	default:
+		// MASTER_RX_LOWER_PRI, MASTER_PRIORITY and BACKUP_PRIORITY: still what it was.
+		return Notice{}, false
+	}
+	return n, true
+}
+
+const (
+	// fifoLook is how often the FIFO is looked for: keepalived removes it when it
+	// ends, and makes another.
+	fifoLook = time.Second
+	// maxNotice is the longest line, in bytes; keepalived's are much shorter.
+	maxNotice = 1024
+)
+
+// ReadFIFO reads keepalived's vrrp_notify_fifo at path, which it makes if there is
+// none, and calls each for every notice, until ctx ends. Whatever becomes of the
+// file and of its writers, it goes on with the next; trouble is logged once.
+//
+// It must be the only reader.
+func ReadFIFO(ctx context.Context, path string, log *slog.Logger, each func(Notice)) {
+	last := ""
+	for {
+		err := readFIFO(ctx, path, func() { last = "" }, each)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil && err.Error() != last {
+			last = err.Error()
+			log.Error("cannot hear keepalived; trying again", "fifo", path, "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(fifoLook):
+		}
+	}
+}
+
+// readFIFO reads one FIFO until it is not at path any more, which is no error.
+func readFIFO(ctx context.Context, path string, opened func(), each func(Notice)) error {
+	if err := unix.Mkfifo(path, 0o600); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("make it: %w", err)
+	}
+	// For writing, too: so there is always a writer, and no end of file when
+	// keepalived restarts. The runtime polls what does not block.
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w: let this user read and write it, or start wgroam before keepalived", err)
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	here, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if here.Mode().Type() != fs.ModeNamedPipe {
+		return errors.New("there is a file that is not a FIFO: remove it, or correct keepalived.fifo")
+	}
+	opened()
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+
+	var lines splitter
+	buf := make([]byte, 4096)
+	for {
+		// Before the deadline is set, so that it does not undo that of a ctx that ends.
+		if err := f.SetReadDeadline(time.Now().Add(fifoLook)); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		n, err := f.Read(buf)
+		for line := range lines.split(buf[:n]) {
+			if notice, ok := parseNotice(line); ok {
+				each(notice)
+			}
+		}
+		switch {
+		case err == nil:
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return err
+		default:
+			if now, err := os.Lstat(path); err != nil || !os.SameFile(here, now) {
+				return nil
+			}
+		}
+	}
+}
+
+// splitter makes lines of what comes in pieces. A line that is too long is left
+// out.
+type splitter struct {
+	line []byte
+	long bool
+}
+
+func (s *splitter) split(data []byte) func(yield func(string) bool) {
+	return func(yield func(string) bool) {
+		for len(data) > 0 {
+			piece, rest, ended := bytes.Cut(data, []byte{'\n'})
+			data = rest
+			if s.long = s.long || len(s.line)+len(piece) > maxNotice; s.long {
+				s.line = s.line[:0]
+			} else {
+				s.line = append(s.line, piece...)
+			}
+			if !ended {
+				return
+			}
+			line, long := string(s.line), s.long
+			s.line, s.long = s.line[:0], false
+			if !long && !yield(line) {
+				return
+			}
+		}
+	}
+}

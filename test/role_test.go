@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT
+
+package test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/wgroam/wgroam/internal/lab"
+)
+
+// roleConfig is config with more keys for the device, and more tables.
+func roleConfig(gw *lab.Gateway, dir, device, tables string, others ...*lab.Gateway) string {
+	return strings.Replace(config(gw, dir, others...), "[nats]", device+"\n[nats]", 1) + tables
+}
+
+// awaitRole waits for the role that a node has, and who gives it.
+func (n *node) awaitRole(role, by string) {
+	n.t.Helper()
+	await(n.t, fmt.Sprintf("%s is %s by %s", n.gw.Name, role, by), func() (bool, string) {
+		s := n.status()
+		return s.Role == role && s.RoleBy == by, s.Role + " by " + s.RoleBy
+	})
+}
+
+// awaitAlarms waits until a node has these alarms and no others.
+func (n *node) awaitAlarms(want ...string) {
+	n.t.Helper()
+	await(n.t, fmt.Sprintf("%s has the alarms %v", n.gw.Name, want), func() (bool, string) {
+		var got []string
+		for _, a := range n.status().Alarms {
+			got = append(got, a.Alarm)
+		}
+		return strings.Join(got, " ") == strings.Join(want, " "), fmt.Sprint(got)
+	})
+}
+
+// role runs wgroam role and returns what it prints.
+func (n *node) role(args ...string) (string, error) {
+	out, err := exec.Command(binary(n.t), append(append([]string{"role"}, args...), "--socket", n.socket)...).CombinedOutput()
+	return string(out), err
+}
+
+func (n *node) mustRole(word string) {
+	n.t.Helper()
+	if out, err := n.role(word); err != nil {
+		n.t.Fatalf("wgroam role %s: %v: %s", word, err, out)
+	}
+}
+
+// TestRole: the virtual IP, keepalived's FIFO and the verb give a node its role, in
+// that order from the weakest; the other nodes hear of it; and what should not be
+// raises an alarm.
+func TestRole(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	var (
+		nodes []*node
+		fifo  string
+	)
+	for i, gw := range l.Gateways {
+		dir := t.TempDir()
+		device := fmt.Sprintf("role = \"auto\"\nvip = [%q, %q]", lab.VIP4, lab.VIP6)
+		tables := ""
+		if i == 1 {
+			fifo = filepath.Join(dir, "fifo")
+			device += "\nvrrp = \"VI_1\""
+			tables = fmt.Sprintf("[keepalived]\nfifo = %q\n", fifo)
+		}
+		nodes = append(nodes, startNode(t, gw, dir, roleConfig(gw, dir, device, tables, others(l, gw)...)))
+	}
+	a, h := nodes[0], nodes[1]
+	a.awaitNodes(1)
+
+	// The virtual IP, as long as nobody else has spoken.
+	a.awaitRole("active", "vip")
+	h.awaitRole("standby", "vip")
+	await(t, "a hears of the other's role", func() (bool, string) {
+		other := a.status().Feed.Nodes[0]
+		return other.Role == "standby", other.Role
+	})
+	if err := l.MoveVIP(h.gw); err != nil {
+		t.Fatal(err)
+	}
+	h.awaitRole("active", "vip")
+	a.awaitRole("standby", "vip")
+
+	// A client talks to h, whose role keepalived takes away.
+	keepalived, err := os.OpenFile(fifo, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keepalived.Close()
+	if _, err := keepalived.WriteString("INSTANCE \"VI_2\" MASTER 100\nINSTANCE \"VI_1\" BACKUP 100\n"); err != nil {
+		t.Fatal(err)
+	}
+	h.awaitRole("standby", "vrrp")
+	h.awaitAlarms("conflict")
+	ping(t, l.Clients[0])
+	h.awaitAlarms("conflict", "traffic")
+
+	// The verb comes before both. Its word is remembered, as keepalived's is.
+	h.mustRole("active")
+	h.awaitRole("active", "verb")
+	h.stop()
+	h.process = start(t, h.gw, nil, "run", "--config", h.file)
+	h.says("following endpoint changes")
+	h.awaitRole("active", "verb")
+	a.awaitNodes(1)
+	a.mustRole("active")
+	a.awaitAlarms("conflict", "two_actives")
+	h.awaitAlarms("conflict", "two_actives")
+	if out, err := h.role(); err != nil || !strings.Contains(out, h.gw.Device()+"  active by verb") || !strings.Contains(out, "two_actives: also active: gw-a") {
+		t.Errorf("wgroam role: %v: %s", err, out)
+	}
+	a.mustRole("standby")
+	h.awaitAlarms("conflict")
+	h.mustRole("auto")
+	h.awaitRole("standby", "vrrp")
+	if _, err := keepalived.WriteString("INSTANCE \"VI_1\" MASTER 100\n"); err != nil {
+		t.Fatal(err)
+	}
+	h.awaitRole("active", "vrrp")
+	h.awaitAlarms()
+	a.awaitAlarms()
+
+	for _, word := range []string{"always", "master"} {
+		if out, err := h.role(word); err == nil || !strings.Contains(out, "is not a role to set") {
+			t.Errorf("wgroam role %s: %v: %s", word, err, out)
+		}
+	}
+	if out, err := h.role("active", "--device", "wg9"); err == nil || !strings.Contains(out, "no device wg9") {
+		t.Errorf("wgroam role for a device that is not there: %v: %s", err, out)
+	}
+}
+
+// TestRoleFixed: what the configuration fixes, nobody changes.
+func TestRoleFixed(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	dir := t.TempDir()
+	n := startNode(t, l.Gateways[0], dir, roleConfig(l.Gateways[0], dir, `role = "active"`, ""))
+	n.awaitRole("active", "config")
+	for _, args := range [][]string{{"standby"}, {"standby", "--device", l.Gateways[0].Device()}} {
+		if out, err := n.role(args...); err == nil || !strings.Contains(out, `set role = "auto"`) {
+			t.Errorf("wgroam role %v: %v: %s", args, err, out)
+		}
+	}
+	n.awaitRole("active", "config")
+}
