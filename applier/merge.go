@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	// staleAfter is how long a node may be silent: a few beats.
-	staleAfter = time.Second
+	// proveEvery is how often a node is asked whose beats may be recordings.
+	proveEvery = time.Second
 	// churnSync is how often tables that never stand still are compared. Gaps
 	// are noticed at once in any case.
 	churnSync = 5 * time.Second
@@ -91,7 +91,8 @@ type Merger struct {
 
 // node is what is remembered of another node.
 type node struct {
-	boot, seq uint64 // of the newest update
+	boot, seq uint64 // of the newest update, in the life that last proved itself
+	doubted   bool   // there was a line about beats that nobody answers for
 	beat      feed.Beat
 	heard     time.Time
 	ours      uint64    // sum of our digests at the last beat
@@ -137,9 +138,9 @@ func (m *Merger) Update(u feed.Update) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	n := m.node(u.Header)
+	n := m.node(u.Node)
 	if u.Boot != n.boot {
-		return // from before it restarted: another count
+		return // another count; the next beat says which is the present one
 	}
 	if u.Seq > n.seq+1 {
 		m.ask(n)
@@ -162,9 +163,17 @@ func (m *Merger) Beat(b feed.Beat) {
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	n := m.node(b.Header)
+	n := m.node(b.Node)
+	if b.Unproven {
+		// No sign of life, but its answer will be one.
+		if now.Sub(n.asked) > proveEvery {
+			m.ask(n)
+		}
+		return
+	}
 	if b.Boot != n.boot {
-		return // from before it restarted, by whoever kept it
+		// New to us, or restarted.
+		n.boot, n.seq, n.suspect, n.doubted = b.Boot, b.Seq, true, false
 	}
 	still := n.beat.Digest == b.Digest && n.ours == ours
 	n.beat, n.heard, n.ours = b, now, ours
@@ -202,19 +211,17 @@ func (m *Merger) Up() {
 }
 
 // node returns the entry of a message's sender. m.mu is held.
-func (m *Merger) node(h feed.Header) *node {
-	n := m.nodes[h.Node]
+func (m *Merger) node(id wgroam.NodeID) *node {
+	n := m.nodes[id]
 	if n == nil {
 		n = &node{}
-		m.nodes[h.Node] = n
-	}
-	if h.Boot > n.boot || h.Boot < n.boot && time.Since(n.heard) > staleAfter {
-		// New to us, or restarted. If its clock was ahead the last time, the boot
-		// is earlier now; so is that of an old message, of a node that lives.
-		n.boot, n.seq, n.suspect = h.Boot, h.Seq, true
+		m.nodes[id] = n
 	}
 	return n
 }
+
+// silent reports whether there should have been a beat.
+func (n *node) silent(now time.Time) bool { return now.Sub(n.heard) > n.beat.Silence() }
 
 func (m *Merger) ask(n *node) {
 	n.want = true
@@ -353,8 +360,13 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 	n.asking = false
 	if err != nil {
 		n.suspect = true // again at its next beat
-		if ctx.Err() == nil {
+		switch {
+		case ctx.Err() != nil:
+		case !n.silent(time.Now()):
 			m.cfg.Log.Warn("sync failed; trying again", "node", n.beat.Name, "err", err)
+		case !n.doubted:
+			n.doubted = true
+			m.cfg.Log.Warn("heartbeats of a node that does not answer are recordings, or our questions do not reach it", "node", id, "err", err)
 		}
 		return
 	}
@@ -372,9 +384,12 @@ func (m *Merger) Nodes() []Node {
 	var out []Node
 	for _, id := range slices.Sorted(maps.Keys(m.nodes)) {
 		n := m.nodes[id]
+		if n.heard.IsZero() {
+			continue // perhaps dead
+		}
 		state := NodeSynced
 		switch {
-		case now.Sub(n.heard) > staleAfter:
+		case n.silent(now):
 			state = NodeStale
 		case n.asking, n.want, n.suspect, !n.differs.IsZero():
 			state = NodeSyncing

@@ -240,7 +240,9 @@ func TestNewBoot(t *testing.T) {
 	if _, ok := m.cfg.Table.Get(key(4)); !ok {
 		t.Error("a late record is missing")
 	}
-	m.Beat(beat(1, 99, 42))
+	late := beat(1, 99, 42)
+	late.Unproven = true
+	m.Beat(late)
 	asks(m)
 	m.Update(update(2, 3, seen(5)))
 	if !asks(m) {
@@ -248,30 +250,48 @@ func TestNewBoot(t *testing.T) {
 	}
 }
 
-// TestBootGoesBack: a node whose clock was ahead restarts with the right time. It
-// is not taken for what it was before once that has fallen silent.
-func TestBootGoesBack(t *testing.T) {
+// TestRecording: beats that nobody answers for, because they were recorded in an
+// earlier life of the node, are no signs of life, and say nothing of the present
+// one.
+func TestRecording(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		m := newMerger(nil)
-		m.Beat(beat(100, 7, m.sum()))
-		m.Beat(beat(50, 3, 42)) // late, or repeated by whoever kept it
-		if asks(m) || m.Nodes()[0].State != NodeSynced {
-			t.Errorf("nodes %+v", m.Nodes())
+		m := newMerger(func(context.Context, wgroam.NodeID, *wgroam.Digests) ([]wgroam.Record, error) {
+			return nil, errors.New("no answer")
+		})
+		recorded := beat(9, 7, 42)
+		recorded.Unproven = true
+		replay := func() (asked int) {
+			for range 41 {
+				m.Beat(recorded)
+				for asks(m) {
+					asked++
+					m.sync(t.Context(), other)
+				}
+				time.Sleep(250 * time.Millisecond)
+			}
+			return asked
 		}
-		time.Sleep(staleAfter + time.Millisecond)
-		m.Beat(beat(50, 3, 42))
-		if !asks(m) {
-			t.Error("does not ask a node that has restarted")
+		if n := replay(); n < 5 || n > 11 {
+			t.Errorf("asked %d times in ten seconds", n)
 		}
-		m.Beat(beat(50, 3, m.sum()))
-		if n := m.Nodes()[0]; n.State == NodeStale || n.Heard != time.Now() {
-			t.Errorf("node %+v", n)
+		if n := m.Nodes(); len(n) != 0 {
+			t.Errorf("nodes %+v", n)
 		}
-		m.Update(update(50, 4, seen(1)))
+		// One that has answered: an earlier boot, since its clock was set back.
+		m.Beat(beat(5, 3, m.sum()))
+		m.Update(update(5, 4, seen(1)))
+		for range 10 {
+			m.Beat(recorded)
+			m.Update(update(9, 8, seen(2)))
+		}
 		asks(m)
-		m.Update(update(50, 6, seen(2)))
+		m.Update(update(5, 6, seen(3)))
 		if !asks(m) {
-			t.Error("does not see a gap")
+			t.Error("a recording hides a gap")
+		}
+		replay()
+		if n := m.Nodes(); len(n) != 1 || n[0].State != NodeStale || time.Since(n[0].Heard) < 10*time.Second {
+			t.Errorf("nodes %+v, want one that is stale", n)
 		}
 	})
 }
@@ -575,7 +595,14 @@ func TestNodes(t *testing.T) {
 		}
 		m.Beat(beat(1, 0, 42))
 		state(NodeSyncing)
-		time.Sleep(staleAfter + time.Millisecond)
+		time.Sleep(b.Silence() + time.Millisecond)
+		state(NodeStale)
+		slow := beat(1, 0, m.sum())
+		slow.Interval = 3 * time.Second
+		m.Beat(slow)
+		time.Sleep(10 * time.Second)
+		state(NodeSynced)
+		time.Sleep(3 * time.Second)
 		state(NodeStale)
 		m.Beat(beat(1, 0, m.sum()))
 		state(NodeSynced)

@@ -23,14 +23,12 @@ type Config struct {
 	Table *wgroam.Table
 	// Role tells what this node is, for its beats; it must not block.
 	Role func() feed.Role
-	// Beat is the time between beats; zero is DefaultBeat.
+	// Beat is the time between beats; zero is feed.DefaultInterval.
 	Beat time.Duration
 	Log  *slog.Logger
 }
 
 const (
-	// DefaultBeat is the time between beats.
-	DefaultBeat = 250 * time.Millisecond
 	// retry is how long to wait after a failed publish that no connection
 	// event explains.
 	retry = 100 * time.Millisecond
@@ -51,7 +49,7 @@ type Publisher struct {
 // table wait to be published; Run publishes them.
 func New(cfg Config) *Publisher {
 	if cfg.Beat == 0 {
-		cfg.Beat = DefaultBeat
+		cfg.Beat = feed.DefaultInterval
 	}
 	p := &Publisher{
 		cfg:     cfg,
@@ -179,10 +177,11 @@ func (p *Publisher) sendBeat() {
 	digests := p.cfg.Table.Digests()
 	// Without a connection there is nobody to miss it.
 	_ = p.cfg.Link.Beat(feed.Beat{
-		Time:    time.Now(),
-		Role:    p.cfg.Role(),
-		Digest:  digests.Sum(),
-		Records: uint32(p.cfg.Table.Len()),
+		Time:     time.Now(),
+		Interval: p.cfg.Beat,
+		Role:     p.cfg.Role(),
+		Digest:   digests.Sum(),
+		Records:  uint32(p.cfg.Table.Len()),
 	})
 }
 

@@ -10,16 +10,20 @@ import (
 	"github.com/wgroam/wgroam/internal/feed"
 )
 
-const (
-	// A node is answered this often at most, and this many times at once after
-	// a pause.
-	answerEvery = 100 * time.Millisecond
-	answerBurst = 10
-	// setBack is how long a node must not have asked before one of an earlier
-	// boot is believed to be it: restarted, after its clock was set back.
-	setBack = 2 * time.Second
-	// maxAskers bounds the memory of who asked.
-	maxAskers = 64
+// maxAskers bounds the memory of who asked.
+const maxAskers = 64
+
+// limit says how often there is an answer at most, and how many times at once
+// after a pause.
+type limit struct {
+	every time.Duration
+	burst int
+}
+
+var (
+	provenLimit = limit{100 * time.Millisecond, 10}
+	// A node that joins asks before it has been asked. So does a recording.
+	unprovenLimit = limit{time.Second, 2}
 )
 
 // requests are the sync requests that wait for an answer: one of each node, the
@@ -29,21 +33,26 @@ type requests struct {
 	ready chan struct{}
 
 	mu      sync.Mutex
-	askers  map[wgroam.NodeID]*asker
+	askers  map[name]*asker
 	order   []*asker
 	refused uint64
 }
 
+// name keeps what may be a recording of a node apart from the node itself.
+type name struct {
+	node     wgroam.NodeID
+	unproven bool
+}
+
 type asker struct {
 	last    feed.Header   // of the newest request
-	at      time.Time     // when that came
 	waiting *feed.Request // nil: all answered
 	// full is when the node has its whole burst again.
 	full time.Time
 }
 
 func newRequests() *requests {
-	return &requests{ready: make(chan struct{}, 1), askers: make(map[wgroam.NodeID]*asker)}
+	return &requests{ready: make(chan struct{}, 1), askers: make(map[name]*asker)}
 }
 
 func (q *requests) add(r *feed.Request) { q.addAt(r, time.Now()) }
@@ -51,34 +60,38 @@ func (q *requests) add(r *feed.Request) { q.addAt(r, time.Now()) }
 func (q *requests) addAt(r *feed.Request, now time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	a := q.askers[r.Node]
+	who, limit := name{r.Node, r.Unproven}, provenLimit
+	if r.Unproven {
+		limit = unprovenLimit
+	}
+	a := q.askers[who]
 	if a == nil {
 		if len(q.askers) >= maxAskers && !q.forget(now) {
 			q.refused++
 			return
 		}
 		a = &asker{}
-		q.askers[r.Node] = a
+		q.askers[who] = a
 	}
 	// One that is not newer came twice, or is a recording played back by
 	// somebody who cannot make his own.
-	if r.Boot < a.last.Boot && now.Sub(a.at) < setBack || r.Boot == a.last.Boot && r.Seq <= a.last.Seq {
+	if r.Boot == a.last.Boot && r.Seq <= a.last.Seq {
 		q.refused++
 		return
 	}
-	a.last, a.at = r.Header, now
+	a.last = r.Header
 	if a.waiting != nil {
 		a.waiting = r
 		return
 	}
-	if a.full.Sub(now) > (answerBurst-1)*answerEvery {
+	if a.full.Sub(now) > time.Duration(limit.burst-1)*limit.every {
 		q.refused++
 		return
 	}
 	if a.full.Before(now) {
 		a.full = now
 	}
-	a.full = a.full.Add(answerEvery)
+	a.full = a.full.Add(limit.every)
 	a.waiting = r
 	q.order = append(q.order, a)
 	signal(q.ready)

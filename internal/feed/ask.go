@@ -25,31 +25,81 @@ const (
 	answerWait = 250 * time.Millisecond
 	// chunkWait is how long a later chunk may take.
 	chunkWait = 2 * time.Second
-	// fresh is how old the last beat of a node may be that is asked.
-	fresh = 2 * time.Second
 	// maxHeard bounds the memory of other nodes.
 	maxHeard = 256
 )
 
-// hear remembers which connection leads to a node.
-func (l *Link) hear(c *conn, b Beat) {
+// hear remembers how far a node has counted, and which connection leads to it.
+// It reports whether the beat is news, and completes it.
+//
+// Which life of a node is the present one is not told by the order of their
+// boots, which are times of a clock that may have been set back: it is the one
+// that answers.
+func (l *Link) hear(c *conn, b *Beat) (news bool) {
 	now := time.Now()
 	l.heardMu.Lock()
 	defer l.heardMu.Unlock()
 	if len(l.heard) == 0 {
-		close(l.hearing) // once: what is heard is replaced, but never empty again
+		close(l.hearing) // once: it never becomes empty again
 	}
-	if _, ok := l.heard[b.Node]; !ok && len(l.heard) >= maxHeard {
-		for n, h := range l.heard {
-			if now.Sub(h.at) > fresh {
-				delete(l.heard, n)
-			}
+	h := l.heard[b.Node]
+	if h == nil {
+		if len(l.heard) >= maxHeard && !l.forget(now) {
+			b.Unproven = true
+			return true
 		}
-		if len(l.heard) >= maxHeard {
-			return
+		h = &heard{}
+		l.heard[b.Node] = h
+	}
+	of := &h.proven
+	if b.Boot != of.boot {
+		b.Unproven = true
+		of = &h.other
+		if b.Boot != of.boot {
+			*of = life{boot: b.Boot}
 		}
 	}
-	l.heard[b.Node] = heard{at: now, via: c, records: b.Records}
+	if b.Number <= of.beat {
+		return false
+	}
+	of.beat = b.Number
+	h.at, h.via, h.records, h.silence = now, c, b.Records, b.Silence()
+	return true
+}
+
+// forget drops one node that has fallen silent.
+func (l *Link) forget(now time.Time) bool {
+	for n, h := range l.heard {
+		if !h.fresh(now) {
+			delete(l.heard, n)
+			return true
+		}
+	}
+	return false
+}
+
+// fresh reports whether a node is worth asking.
+func (h *heard) fresh(now time.Time) bool { return now.Sub(h.at) <= 2*h.silence }
+
+// prove notes that a node has answered a question of ours.
+func (l *Link) prove(answer Header) {
+	l.heardMu.Lock()
+	defer l.heardMu.Unlock()
+	h := l.heard[answer.Node]
+	if h == nil || h.proven.boot == answer.Boot {
+		return
+	}
+	if h.other.boot != answer.Boot {
+		h.other = life{boot: answer.Boot}
+	}
+	h.proven, h.other = h.other, life{}
+}
+
+func (l *Link) isProven(of Header) bool {
+	l.heardMu.Lock()
+	defer l.heardMu.Unlock()
+	h := l.heard[of.Node]
+	return h != nil && h.proven.boot == of.Boot
 }
 
 // target is a node to ask, and the connections to ask it on.
@@ -67,7 +117,7 @@ func (l *Link) targets(node wgroam.NodeID) []target {
 	defer l.heardMu.Unlock()
 	var out []target
 	for n, h := range l.heard {
-		if (node == 0 || n == node) && now.Sub(h.at) <= fresh && h.via.up.Load() {
+		if (node == 0 || n == node) && h.fresh(now) && h.via.up.Load() {
 			out = append(out, target{n, []*conn{h.via}, h.records})
 		}
 	}
@@ -201,6 +251,7 @@ func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield fu
 		}
 		if from.Seq == 0 {
 			from = Header{Node: h.Node, Boot: h.Boot}
+			l.prove(h.Header)
 		}
 		if h.Node != from.Node || h.Boot != from.Boot {
 			continue

@@ -31,6 +31,9 @@ type Counters struct {
 	// Malformed: authentic, but its contents make no sense. A record in an
 	// otherwise good update counts alone.
 	Malformed uint64
+	// Old: a beat that was heard before, or an earlier one: brought by a second
+	// connection, or recorded and played back.
+	Old uint64
 	// OwnEcho: our own message came back.
 	OwnEcho uint64
 	// NameClash: from another node that goes by our name.
@@ -47,6 +50,7 @@ const (
 	errKeyID
 	errAuth
 	errMalformed
+	errOld
 	errEcho
 	errName
 	refusals
@@ -61,6 +65,7 @@ func (r refusal) Error() string {
 		errKeyID:     "sealed with another key",
 		errAuth:      "not authentic",
 		errMalformed: "malformed",
+		errOld:       "heard before",
 		errEcho:      "our own",
 		errName:      "from a node that goes by our name",
 	}[r]
@@ -90,6 +95,7 @@ func (l *Link) Counters() Counters {
 		KeyID:       c.refused[errKeyID].Load(),
 		Auth:        c.refused[errAuth].Load(),
 		Malformed:   c.refused[errMalformed].Load(),
+		Old:         c.refused[errOld].Load(),
 		OwnEcho:     c.refused[errEcho].Load(),
 		NameClash:   c.refused[errName].Load(),
 	}

@@ -114,15 +114,16 @@ type Link struct {
 	slow    limiter
 
 	// pub makes the order of sequence numbers the order on the wire.
-	pub  sync.Mutex
-	seq  uint64
-	body []byte
-	out  []byte
+	pub   sync.Mutex
+	seq   uint64
+	beats uint64
+	body  []byte
+	out   []byte
 
 	asks atomic.Uint64
 
 	heardMu sync.Mutex
-	heard   map[wgroam.NodeID]heard
+	heard   map[wgroam.NodeID]*heard
 	hearing chan struct{} // closed at the first beat
 }
 
@@ -131,7 +132,13 @@ type heard struct {
 	at      time.Time
 	via     *conn
 	records uint32
+	silence time.Duration // as Beat.Silence
+	proven  life          // the one that has answered a question of ours
+	other   life          // the one that last said something and has not
 }
+
+// life is a process of a node, and the number of its newest beat.
+type life struct{ boot, beat uint64 }
 
 // New makes a Link. It does no I/O but to read the files that the
 // configuration names.
@@ -146,7 +153,7 @@ func New(cfg Config) (*Link, error) {
 		keys:    cfg.Keys,
 		prefix:  "wgroam.v1." + cfg.Keys.Group() + ".",
 		log:     cfg.Log,
-		heard:   make(map[wgroam.NodeID]heard),
+		heard:   make(map[wgroam.NodeID]*heard),
 		hearing: make(chan struct{}),
 	}
 	switch {
@@ -268,12 +275,14 @@ func (l *Link) Publish(records []wgroam.Record) error {
 	return nil
 }
 
-// Beat sends a sign of life. Of b, the caller gives Time, Role, Digest and
-// Records. It returns ErrNoLink when nothing is connected.
+// Beat sends a sign of life. Of b, the caller gives Time, Interval, Role, Digest
+// and Records. It returns ErrNoLink when nothing is connected.
 func (l *Link) Beat(b Beat) error {
 	b.Name = l.name
 	l.pub.Lock()
 	defer l.pub.Unlock()
+	l.beats++
+	b.Number = l.beats
 	l.body = appendBeat(l.body[:0], b)
 	return l.publish(l.subject('b', l.self), l.header(kindBeat, l.seq, beatSize, 1))
 }
@@ -388,8 +397,12 @@ func (l *Link) receive(c *conn, m *nats.Msg) {
 		l.refuse(c, m.Subject, err)
 		return
 	}
+	if !l.hear(c, &b) {
+		// Not worth a line: two connections may both bring a beat.
+		l.count.refused[errOld].Add(1)
+		return
+	}
 	l.count.beats.Add(1)
-	l.hear(c, b)
 	for _, f := range l.onBeat {
 		f(b)
 	}
@@ -440,6 +453,7 @@ func (l *Link) receiveRequest(c *conn, m *nats.Msg) {
 	// Not the reply subject of the message: nobody may make us publish
 	// elsewhere.
 	r.inbox, r.via = l.inbox(h.Node, r.bind), c
+	r.Unproven = !l.isProven(h.Header)
 	l.count.requests.Add(1)
 	for _, f := range l.onRequest {
 		f(r)

@@ -118,7 +118,12 @@ func (r Role) String() string {
 // Beat is a node's sign of life.
 type Beat struct {
 	Header
-	Name string
+	// Number counts the beats of that boot, from 1. A Link hands over none that
+	// is not newer than the last.
+	Number uint64
+	// Interval is the time to the next beat; zero is DefaultInterval.
+	Interval time.Duration
+	Name     string
 	// Time is the sender's wall clock when it sent the beat.
 	Time time.Time
 	Role Role
@@ -128,13 +133,33 @@ type Beat struct {
 	Records uint32
 	// MinVersion and MaxVersion bound the frame versions that the sender reads.
 	MinVersion, MaxVersion uint8
+
+	// Unproven says that the node has not answered a question of ours since it
+	// started, as Header.Boot has it. The beat can be a recording of a node that
+	// is dead; Ask it to know. It is not sent.
+	Unproven bool
+}
+
+// Beats are sent every DefaultInterval, if nothing else is configured, and no
+// more and no less often than the other two say.
+const (
+	MinInterval     = 50 * time.Millisecond
+	DefaultInterval = 250 * time.Millisecond
+	MaxInterval     = 10 * time.Second
+)
+
+// Silence is how long the sender may be silent after the beat before it counts
+// as gone.
+func (b Beat) Silence() time.Duration {
+	const beats, least = 4, time.Second // a busy host is not a dead one
+	return max(least, beats*min(b.Interval, MaxInterval))
 }
 
 // MaxName is the longest node name, in bytes of UTF-8.
 const MaxName = 64
 
 const (
-	beatSize    = 24 + MaxName
+	beatSize    = 36 + MaxName
 	bindSize    = 16
 	requestSize = bindSize + 8 + 8*wgroam.Buckets
 )
@@ -243,15 +268,19 @@ func decodeRecords(h header, body []byte) (records []wgroam.Record, bad int, err
 // appendBeat appends the body of a beat:
 //
 //	 0  time      u64, Unix ns
-//	 8  digest    u64
-//	16  records   u32
-//	20  role      u8
-//	21  min, max  u8, u8, frame versions
-//	23  name      u8 length, then 64 bytes padded with zeros
+//	 8  number    u64
+//	16  digest    u64
+//	24  records   u32
+//	28  interval  u32, ms
+//	32  role      u8
+//	33  min, max  u8, u8, frame versions
+//	35  name      u8 length, then 64 bytes padded with zeros
 func appendBeat(dst []byte, b Beat) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, uint64(b.Time.UnixNano()))
+	dst = binary.BigEndian.AppendUint64(dst, b.Number)
 	dst = binary.BigEndian.AppendUint64(dst, b.Digest)
 	dst = binary.BigEndian.AppendUint32(dst, b.Records)
+	dst = binary.BigEndian.AppendUint32(dst, uint32(b.Interval.Milliseconds()))
 	dst = append(dst, byte(b.Role), version, version, byte(len(b.Name)))
 	var name [MaxName]byte
 	copy(name[:], b.Name)
@@ -262,20 +291,22 @@ func decodeBeat(h header, body []byte) (Beat, error) {
 	if h.count != 1 || len(body) < beatSize {
 		return Beat{}, errMalformed
 	}
-	n := int(body[23])
-	if n > MaxName || !utf8.Valid(body[24:24+n]) {
+	n := int(body[35])
+	if n > MaxName || !utf8.Valid(body[36:36+n]) {
 		return Beat{}, errMalformed
 	}
 	be := binary.BigEndian
 	return Beat{
 		Header:     h.Header,
-		Name:       string(body[24 : 24+n]),
+		Number:     be.Uint64(body[8:]),
+		Interval:   time.Duration(be.Uint32(body[28:])) * time.Millisecond,
+		Name:       string(body[36 : 36+n]),
 		Time:       time.Unix(0, int64(be.Uint64(body))),
-		Role:       Role(body[20]),
-		Digest:     be.Uint64(body[8:]),
-		Records:    be.Uint32(body[16:]),
-		MinVersion: body[21],
-		MaxVersion: body[22],
+		Role:       Role(body[32]),
+		Digest:     be.Uint64(body[16:]),
+		Records:    be.Uint32(body[24:]),
+		MinVersion: body[33],
+		MaxVersion: body[34],
 	}, nil
 }
 
@@ -284,6 +315,8 @@ type Request struct {
 	Header
 	// Have are the digests of the table of the node that asks.
 	Have wgroam.Digests
+	// Unproven is as in Beat: it can be a recording.
+	Unproven bool
 
 	bind  [bindSize]byte
 	asked wgroam.NodeID // zero: whoever hears it

@@ -120,7 +120,8 @@ func TestGolden(t *testing.T) {
 		record.Peer[i] = byte(i)
 	}
 	beat := Beat{
-		Header: Header{testNode, testBoot, 7}, Name: "gw-a", Time: time.Unix(1700000000, 0),
+		Header: Header{testNode, testBoot, 7}, Number: 41, Interval: 500 * time.Millisecond,
+		Name: "gw-a", Time: time.Unix(1700000000, 0),
 		Role: RoleStandby, Digest: 0xdeadbeefcafef00d, Records: 10000, MinVersion: 1, MaxVersion: 1,
 	}
 	request := Request{Header: Header{testNode, testBoot, 2}, asked: testNode}
@@ -134,7 +135,7 @@ func TestGolden(t *testing.T) {
 	last.flags = flagLast
 	want := map[string]header{
 		"update":  testHeader(kindUpdate, 7, 80, 1), // of a later version, with 8 bytes more
-		"beat":    testHeader(kindBeat, 7, 88, 1),
+		"beat":    testHeader(kindBeat, 7, 100, 1),
 		"request": testHeader(kindRequest, 2, 8216, 1),
 		"reply":   last,
 	}
@@ -199,6 +200,8 @@ func TestBodies(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		want := Beat{
 			Header:     Header{testNode, testBoot, rapid.Uint64().Draw(t, "seq")},
+			Number:     rapid.Uint64().Draw(t, "number"),
+			Interval:   time.Duration(rapid.Uint32().Draw(t, "interval")) * time.Millisecond,
 			Name:       rapid.StringN(0, -1, MaxName).Draw(t, "name"),
 			Time:       time.Unix(0, rapid.Int64().Draw(t, "time")),
 			Role:       Role(rapid.Byte().Draw(t, "role")),
@@ -354,11 +357,11 @@ func TestUnreasonable(t *testing.T) {
 		t.Errorf("one bad record of three: got %d good, %d bad, %v", len(got), bad, err)
 	}
 	beat := appendBeat(nil, Beat{Name: "gw-a"})
-	beat[23] = MaxName + 1
+	beat[35] = MaxName + 1
 	if _, err := decodeBeat(testHeader(kindBeat, 1, beatSize, 1), beat); !errors.Is(err, errMalformed) {
 		t.Errorf("beat with too long a name: got %v", err)
 	}
-	beat[23], beat[24] = 1, 0xff
+	beat[35], beat[36] = 1, 0xff
 	if _, err := decodeBeat(testHeader(kindBeat, 1, beatSize, 1), beat); !errors.Is(err, errMalformed) {
 		t.Errorf("beat with a name that is no text: got %v", err)
 	}

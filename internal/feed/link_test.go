@@ -217,7 +217,7 @@ func TestMesh(t *testing.T) {
 						}
 						b := next(t, "beat", to.beats)
 						wantBeat := feed.Beat{
-							Header: got.Header, Name: from.Name(), Time: time.Unix(0, now.UnixNano()),
+							Header: got.Header, Number: seq, Unproven: true, Name: from.Name(), Time: time.Unix(0, now.UnixNano()),
 							Role: feed.RoleActive, Digest: 7, Records: 2, MinVersion: 1, MaxVersion: 1,
 						}
 						if b != wantBeat {
@@ -744,6 +744,98 @@ func TestForgedAnswers(t *testing.T) {
 			t.Errorf("answer on %v, %v, want %s", got, err, want)
 		}
 	}
+}
+
+// TestReplayedBeats has a client on the bus that keeps the beats of a node and plays
+// them back, to one that has heard them and to one that has not.
+func TestReplayedBeats(t *testing.T) {
+	k := groupKeys(t, 1)
+	s := startNATS(t, &server.Options{})
+	ext := feed.External{URL: s.ClientURL()}
+	start := func(name string) *node {
+		n := startNode(t, feed.Config{Name: name, Keys: k, External: ext})
+		n.ups(t)
+		return n
+	}
+	table := wgroam.NewTable(k.DigestKey())
+	a, b := start("gw-a"), start("gw-b")
+	a.serve(t, table)
+	mallory, err := nats.Connect(s.ClientURL(), nats.NoEcho())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mallory.Close()
+	tap, err := mallory.SubscribeSync("wgroam.v1." + k.Group() + ".b." + a.Self().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := mallory.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	var tape []*nats.Msg
+	says := func(from, to *node, unproven bool) {
+		t.Helper()
+		if err := from.Beat(feed.Beat{}); err != nil {
+			t.Fatal(err)
+		}
+		if got := next(t, "beat", to.beats); got.Node != from.Self() || got.Unproven != unproven {
+			t.Errorf("got %+v, want unproven %v", got, unproven)
+		}
+		m, err := tap.NextMsg(patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tape = append(tape, m)
+	}
+	replay := func() {
+		for _, m := range tape {
+			if err := mallory.Publish(m.Subject, m.Data); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := mallory.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	says(a, b, true)
+	says(a, b, true)
+	if _, err := b.sync(t.Context(), a.Self(), table); err != nil {
+		t.Fatal(err)
+	}
+	says(a, b, false)
+	for i := range tape {
+		replay()
+		until(t, "refused", func() bool { return b.Counters().Old == uint64((i+1)*len(tape)) })
+	}
+	says(a, b, false)
+	a.Close()
+
+	c := start("gw-c")
+	replay()
+	for range tape {
+		if got := next(t, "beat", c.beats); !got.Unproven {
+			t.Errorf("took a recording for a sign of life: %+v", got)
+		}
+	}
+	if _, err := c.sync(t.Context(), a.Self(), table); !errors.Is(err, feed.ErrNoAnswer) {
+		t.Errorf("a dead node: %v", err)
+	}
+
+	// It starts again, and is not mistaken for what it was.
+	a = start("gw-a")
+	a.serve(t, table)
+	says(a, b, true)
+	if _, err := b.sync(t.Context(), a.Self(), table); err != nil {
+		t.Fatal(err)
+	}
+	replay()
+	for got := next(t, "beat", b.beats); got.Number < uint64(len(tape)-1); got = next(t, "beat", b.beats) {
+		if !got.Unproven {
+			t.Errorf("took the former life for the present: %+v", got)
+		}
+	}
+	says(a, b, false)
 }
 
 func TestNameClash(t *testing.T) {
