@@ -5,7 +5,6 @@ package test
 import (
 	"bytes"
 	"context"
-	be "encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
@@ -20,7 +19,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -220,11 +218,8 @@ func (v *life) handshake() error {
 	return c.Send(1)
 }
 
-// flood sends forged packets of every type to both gateways, from several places:
-// random ones, such with the indexes of live sessions in them, and repetitions of
-// what was on the wire.
+// flood sends forged packets to both gateways, from several places.
 func (v *life) flood() error {
-	sizes := map[byte]int{1: 148, 2: 92, 3: 64, 4: 96}
 	return v.lab.Clients[0].Do(func() error {
 		for range 8 {
 			conn, err := net.ListenUDP("udp4", nil)
@@ -232,19 +227,7 @@ func (v *life) flood() error {
 				return err
 			}
 			for range 64 {
-				kind := byte(1 + v.rng.IntN(4))
-				p := make([]byte, sizes[kind])
-				for i := range p {
-					p[i] = byte(v.rng.Uint32())
-				}
-				be.LittleEndian.PutUint32(p, uint32(kind))
-				switch seen := v.sniff[v.rng.IntN(len(v.sniff))].message(v.rng.IntN(sniffed)); v.rng.IntN(4) {
-				case 0:
-					p = seen
-				case 1: // as the receiver of all types, and as the sender
-					copy(p[4:], seen[4:8])
-					copy(p[8:], seen[4:8])
-				}
+				p := forge(v.rng, v.sniff[v.rng.IntN(len(v.sniff))])
 				// A full queue on the way is none of our business.
 				_, _ = conn.WriteToUDPAddrPort(p, netip.AddrPortFrom(v.gateway().Addr4, lab.ListenPort))
 			}
@@ -254,63 +237,6 @@ func (v *life) flood() error {
 		}
 		return nil
 	})
-}
-
-// sniffed is how many messages a sniffer keeps.
-const sniffed = 64
-
-// sniffer keeps the newest messages of WireGuard that a gateway received or sent.
-type sniffer struct {
-	mu   sync.Mutex
-	seen [sniffed][]byte
-	n    int
-}
-
-// sniff starts one, which ends with the test.
-func sniff(t *testing.T, gw *lab.Gateway) *sniffer {
-	s := new(sniffer)
-	for i := range s.seen {
-		s.seen[i] = make([]byte, 32) // no type
-	}
-	tap := openTap(t, gw, unix.ETH_P_ALL)
-	done := make(chan struct{})
-	t.Cleanup(func() { tap.Close(); <-done })
-	go func() {
-		defer close(done)
-		buf := make([]byte, 1<<16)
-		for {
-			n, err := tap.Read(buf)
-			if err != nil {
-				if !errors.Is(err, os.ErrClosed) {
-					t.Errorf("sniff: %v", err)
-				}
-				return
-			}
-			p := buf[:n]
-			switch {
-			case n > 20 && p[0] == 0x45 && p[9] == unix.IPPROTO_UDP:
-				p = p[20:]
-			case n > 40 && p[0]>>4 == 6 && p[6] == unix.IPPROTO_UDP:
-				p = p[40:]
-			default:
-				continue
-			}
-			if len(p) < 8+32 || be.BigEndian.Uint16(p) != lab.ListenPort && be.BigEndian.Uint16(p[2:]) != lab.ListenPort {
-				continue
-			}
-			s.mu.Lock()
-			s.seen[s.n%sniffed] = bytes.Clone(p[8:])
-			s.n++
-			s.mu.Unlock()
-		}
-	}()
-	return s
-}
-
-func (s *sniffer) message(i int) []byte {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.seen[i]
 }
 
 // admin sets an endpoint by hand, on either gateway.
@@ -527,14 +453,8 @@ func (v *life) agrees(n *node, want map[wgroam.Key]netip.AddrPort) (bool, string
 	if err != nil {
 		v.t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(v.t.Context(), patience)
-	defer cancel()
-	var peers control.Peers
-	if err := control.Get(ctx, n.socket, control.VerbPeers, &peers); err != nil {
-		v.t.Fatal(err)
-	}
 	held, table := make(map[wgroam.Key]netip.AddrPort), make(map[wgroam.Key]netip.AddrPort)
-	for _, p := range peers.Peers {
+	for _, p := range n.peers() {
 		if p.Held.IsValid() {
 			held[p.Peer] = p.Held
 		}

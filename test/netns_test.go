@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -105,17 +106,23 @@ func (n *node) awaitDevice(which, state string) control.DeviceStatus {
 func (n *node) awaitRecord(peer wgroam.Key, ep netip.AddrPort) {
 	n.t.Helper()
 	await(n.t, fmt.Sprintf("a record of %v at %v", peer, ep), func() (bool, string) {
-		var all control.Peers
-		if err := control.Get(n.t.Context(), n.socket, control.VerbPeers, &all); err != nil {
-			n.t.Fatal(err)
-		}
-		for _, p := range all.Peers {
-			if p.Peer == peer && p.Endpoint == ep && p.Held == ep {
-				return true, ""
-			}
-		}
-		return false, fmt.Sprintf("%+v", all)
+		all := n.peers()
+		return slices.ContainsFunc(all, func(p control.Peer) bool {
+			return p.Peer == peer && p.Endpoint == ep && p.Held == ep
+		}), fmt.Sprintf("%+v", all)
 	})
+}
+
+// peers asks the node for all peers.
+func (n *node) peers() []control.Peer {
+	n.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var all control.Peers
+	if err := control.Get(ctx, n.socket, control.VerbPeers, &all); err != nil {
+		n.t.Fatal(err)
+	}
+	return all.Peers
 }
 
 // TestOtherNetns: a daemon follows a device of another network namespace, and
