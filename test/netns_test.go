@@ -152,8 +152,11 @@ func TestOtherNetns(t *testing.T) {
 	if out := far.stderr.String(); !strings.Contains(out, "netns="+blue) {
 		t.Errorf("the log does not say where:\n%s", out)
 	}
-	w := watch(t, x, "--socket", far.socket, "--device", a.Device())
+	// From there, and from where the daemon is: the same unless that has one of the
+	// same name.
+	w, home := watch(t, a, "--socket", far.socket), watch(t, x, "--socket", far.socket, "--device", a.Device())
 	w.says("watching through the daemon")
+	home.says("watching through the daemon")
 
 	ping(t, c)
 	awaitEndpoint(t, h, c, c.Endpoint())
@@ -162,6 +165,9 @@ func TestOtherNetns(t *testing.T) {
 		awaitEndpoint(t, h, c, ep)
 		if e := w.find(c.Key(), ep, i); e.Device != a.Device() || e.Netns != blue {
 			t.Errorf("roam %d: %+v", i, e)
+		}
+		if !l.Kernel {
+			home.find(c.Key(), ep, i)
 		}
 	}
 	// And the other way round.
@@ -181,6 +187,9 @@ func TestOtherNetns(t *testing.T) {
 	if l.Kernel {
 		if d := all[x.Device()+"@"]; d.State != control.StateUp || d.Events != 0 || d.Group == all[which].Group {
 			t.Errorf("the device of the same name: %+v", d)
+		}
+		if events := home.seen(); len(events) != 0 {
+			t.Errorf("in the daemon's namespace, events of the device of the same name elsewhere: %+v", events)
 		}
 	}
 	run := func(args ...string) string {

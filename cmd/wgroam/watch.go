@@ -26,11 +26,11 @@ const (
 	defaultSweep  = 5 * time.Minute
 )
 
-// watchVerb prints endpoint changes: those of the daemon if one follows the
-// device, or else its own, with nothing else running.
+// watchVerb prints endpoint changes: those that the daemon sees, if there is one
+// and it follows what is meant, or else its own, with nothing else running.
 func watchVerb(ctx context.Context, e env, args []string) error {
 	fs, parse := flags(e, "watch")
-	device := fs.String("device", "", "only this device (default all of this network namespace)")
+	device := fs.String("device", "", "only this device (default all of the daemon, or without one all of this network namespace)")
 	asJSON := fs.Bool("json", false, "print one JSON object a line")
 	socket := fs.String("socket", defaultSocket, "control socket of the daemon")
 	if err := parse(args); err != nil {
@@ -38,27 +38,53 @@ func watchVerb(ctx context.Context, e env, args []string) error {
 	}
 	out := newEventPrinter(e.stdout, *asJSON)
 	watch := watchAlone
-	if daemonFollows(ctx, *socket, *device) {
-		watch = watchDaemon(*socket)
+	if meant := throughDaemon(ctx, *socket, *device); meant != nil {
+		watch = watchDaemon(*socket, meant)
 	}
 	return errors.Join(watch(ctx, e, *device, out), out.close())
 }
 
-func daemonFollows(ctx context.Context, socket, device string) bool {
+// throughDaemon tells which of a daemon's events are meant by --device; nil if the
+// daemon has none of those. A name means the device of this network namespace,
+// whether the daemon follows it or not, before those that the daemon follows in
+// others. The status names a namespace as the daemon's configuration does, so
+// its inode is compared.
+func throughDaemon(ctx context.Context, socket, device string) (meant func(control.Event) bool) {
 	var status control.Status
 	if err := control.Get(ctx, socket, control.VerbStatus, &status); err != nil {
-		return false
+		return nil
 	}
-	for _, d := range status.Devices {
-		if device == "" || d.Name == device {
-			return true
-		}
+	if device == "" {
+		return func(control.Event) bool { return true }
 	}
-	return false
+	here, err := wg.Netns()
+	if err != nil {
+		return nil
+	}
+	return choose(status.Devices, device, here, func() bool { _, err := wg.LinkByName(device); return err == nil })
 }
 
-func watchDaemon(socket string) func(context.Context, env, string, *eventPrinter) error {
-	return func(ctx context.Context, e env, device string, out *eventPrinter) error {
+// choose is throughDaemon for the devices that the daemon follows. exists tells
+// whether there is a link of that name here.
+func choose(devices []control.DeviceStatus, name string, here uint32, exists func() bool) (meant func(control.Event) bool) {
+	elsewhere := false
+	for _, d := range devices {
+		if d.Name != name {
+			continue
+		}
+		if d.NetnsInode == here {
+			return func(e control.Event) bool { return e.Device == name && e.Netns == d.Netns }
+		}
+		elsewhere = true
+	}
+	if !elsewhere || exists() {
+		return nil
+	}
+	return func(e control.Event) bool { return e.Device == name }
+}
+
+func watchDaemon(socket string, meant func(control.Event) bool) func(context.Context, env, string, *eventPrinter) error {
+	return func(ctx context.Context, e env, _ string, out *eventPrinter) error {
 		err := control.Stream(ctx, socket, control.VerbWatch, func(line json.RawMessage) error {
 			var l struct {
 				control.Event
@@ -76,7 +102,7 @@ func watchDaemon(socket string) func(context.Context, env, string, *eventPrinter
 				e.log.Warn("events left out because this reader was too slow", "events", *l.Missed)
 				return nil
 			}
-			if device != "" && l.Device != device {
+			if !meant(l.Event) {
 				return nil
 			}
 			// Waiting here makes the daemon count what this reader misses.

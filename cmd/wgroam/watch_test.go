@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"net/netip"
@@ -41,6 +42,49 @@ func TestEventPrinter(t *testing.T) {
 	}
 	if want := "  none -> [2001:db8::1]:51820  data  1.5 ms\n"; !strings.HasSuffix(out.String(), want) {
 		t.Errorf("got %q, want the end %q", &out, want)
+	}
+}
+
+// TestChoose: a name means the device here, before one of that name elsewhere.
+func TestChoose(t *testing.T) {
+	const here, blue, red = 1, 2, 3
+	own := control.DeviceStatus{Name: "wg0", NetnsInode: here}
+	inBlue := control.DeviceStatus{Name: "wg0", Netns: "blue", NetnsInode: blue}
+	inRed := control.DeviceStatus{Name: "wg0", Netns: "red", NetnsInode: red}
+	missing := control.DeviceStatus{Name: "wg0"}
+	other := control.DeviceStatus{Name: "wg1", NetnsInode: here}
+	for name, c := range map[string]struct {
+		devices []control.DeviceStatus
+		exists  bool
+		want    string // wg0 in these namespaces; "alone" without the daemon
+	}{
+		"followed here":               {[]control.DeviceStatus{inBlue, own}, true, "."},
+		"here has a name":             {[]control.DeviceStatus{{Name: "wg0", Netns: "green", NetnsInode: here}, missing}, true, "green"},
+		"here, and not followed":      {[]control.DeviceStatus{inBlue, other}, true, "alone"},
+		"elsewhere":                   {[]control.DeviceStatus{inBlue, other}, false, ". blue green red"},
+		"in two places elsewhere":     {[]control.DeviceStatus{inBlue, inRed}, false, ". blue green red"},
+		"waited for":                  {[]control.DeviceStatus{missing}, false, ". blue green red"},
+		"here, and not followed yet":  {[]control.DeviceStatus{missing}, true, "alone"},
+		"not followed, and not there": {[]control.DeviceStatus{other}, false, "alone"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := "alone"
+			if meant := choose(c.devices, "wg0", here, func() bool { return c.exists }); meant != nil {
+				var where []string
+				for _, netns := range []string{"", "blue", "green", "red"} {
+					if meant(control.Event{Device: "wg0", Netns: netns}) {
+						where = append(where, cmp.Or(netns, "."))
+					}
+					if meant(control.Event{Device: "wg1", Netns: netns}) {
+						t.Errorf("wg1 in %q is meant", netns)
+					}
+				}
+				got = strings.Join(where, " ")
+			}
+			if got != c.want {
+				t.Errorf("got %s, want %s", got, c.want)
+			}
+		})
 	}
 }
 
