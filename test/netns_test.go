@@ -310,6 +310,47 @@ func TestNetnsComesAndGoes(t *testing.T) {
 	}
 }
 
+// TestNoDescriptor: a daemon that has no file descriptor left to watch links with
+// says so, and goes on when it has.
+func TestNoDescriptor(t *testing.T) {
+	l := newLab(t, lab.Config{Gateways: []string{"a", "x"}})
+	a, x, c := l.Gateways[0], l.Gateways[1], l.Clients[0]
+	blue := netnsName(t, "blue")
+	dir := t.TempDir()
+	n := &node{gw: x, socket: filepath.Join(dir, "control.sock")}
+	file := filepath.Join(dir, "wgroam.toml")
+	cfg := fmt.Sprintf("[[device]]\nname = %q\nnetns = %q\n[control]\nsocket = %q\n", a.Device(), blue, n.socket)
+	if err := os.WriteFile(file, []byte(cfg), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.process = start(t, x, nil, "run", "--config", file)
+	n.says("ip netns add " + blue)
+
+	// One, for the namespace. Nobody asks the daemon anything meanwhile.
+	var before unix.Rlimit
+	limit, pid := uint64(0), n.cmd.Process.Pid
+	for free := 0; free < 1; limit++ {
+		if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", pid, limit)); err != nil {
+			free++
+		}
+	}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &before); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: limit, Max: before.Max}, nil); err != nil {
+		t.Fatal(err)
+	}
+	attach(t, a, blue)
+	n.says("cannot watch links")
+	n.says(unix.EMFILE.Error())
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &before, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.awaitDevice(a.Device()+"@"+blue, control.StateUp)
+	ping(t, c)
+	n.awaitRecord(c.Key(), c.Endpoint())
+}
+
 // inside runs f in the namespace of that name.
 func inside(t testing.TB, name string, f func() error) {
 	t.Helper()

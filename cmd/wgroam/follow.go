@@ -18,6 +18,13 @@ import (
 // no private key, or fails otherwise. The kernel says nothing when that changes.
 const retryDelay = time.Second
 
+// watchDelay and watchDelayMax are how long after a failure links are watched
+// again: doubling, for as long as it fails.
+const (
+	watchDelay    = 100 * time.Millisecond
+	watchDelayMax = 10 * time.Second
+)
+
 // spaceInterval is how often the name of a namespace is looked up: nothing tells
 // when it is deleted, or made again for another one.
 const spaceInterval = time.Second
@@ -102,13 +109,11 @@ func followLink(ctx context.Context, space *wg.Space, name string, log *slog.Log
 	wake := make(chan struct{}, 1)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		return space.Do(func() error {
-			return wg.WatchLinks(ctx, func() {
-				select {
-				case wake <- struct{}{}:
-				default:
-				}
-			})
+		return watchLinks(ctx, space, log, func() {
+			select {
+			case wake <- struct{}{}:
+			default:
+			}
 		})
 	})
 	g.Go(func() error {
@@ -154,7 +159,8 @@ func followLink(ctx context.Context, space *wg.Space, name string, log *slog.Log
 			}
 			link, err := linkByName(space, name)
 			if err != nil && !errors.Is(err, wg.ErrNoDevice) {
-				log.Warn("cannot look up the link", "err", err)
+				log.Warn("cannot look up the link; trying again", "err", err)
+				retry = time.After(retryDelay)
 				continue
 			}
 			if ended != nil {
@@ -175,6 +181,29 @@ func followLink(ctx context.Context, space *wg.Space, name string, log *slog.Log
 		}
 	})
 	return g.Wait()
+}
+
+// watchLinks is wg.WatchLinks in a namespace, again and again where that fails, as
+// it does without a file descriptor to be had. Links that come meanwhile are found
+// at each attempt.
+func watchLinks(ctx context.Context, space *wg.Space, log *slog.Logger, wake func()) error {
+	for delay := watchDelay; ; delay = min(2*delay, watchDelayMax) {
+		began := time.Now()
+		err := space.Do(func() error { return wg.WatchLinks(ctx, wake) })
+		if ctx.Err() != nil || hopeless(err) != nil {
+			return hopeless(err)
+		}
+		if time.Since(began) > watchDelayMax {
+			delay = watchDelay // it worked for a while
+		}
+		log.Warn("cannot watch links; trying again", "in", delay, "err", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(delay):
+		}
+		wake()
+	}
 }
 
 // linkByName is wg.LinkByName in a namespace.

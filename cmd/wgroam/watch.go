@@ -199,7 +199,7 @@ func watchAll(ctx context.Context, e env, client *wg.Client, g *errgroup.Group,
 	session life, fail func(error),
 ) error {
 	followed := make(map[string]bool)
-	return wg.WatchLinks(ctx, func() {
+	return watchLinks(ctx, nil, e.log, func() {
 		names, err := client.Names()
 		if err != nil {
 			fail(err)
