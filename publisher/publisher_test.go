@@ -306,7 +306,7 @@ func TestBeats(t *testing.T) {
 		got = next(t, b.beats)
 		return got.Records == 2 && got.Role == feed.RoleStandby && got.Seq > 0
 	})
-	if got.Digest != digests.Sum() || got.Name != "gw-a" || time.Since(got.Time).Abs() > 5*time.Second {
+	if got.Digest != digests.Sum() || got.Name != "gw-a" || got.Interval != every || time.Since(got.Time).Abs() > 5*time.Second {
 		t.Errorf("got %+v", got)
 	}
 	first := got.Time

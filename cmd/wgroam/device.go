@@ -196,7 +196,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
 	})
 	pub := publisher.New(publisher.Config{
-		Table: s.table, Link: s.feed, Role: d.feedRole, Log: d.log,
+		Table: s.table, Link: s.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,
 	})
 	if err := s.tracker.Start(); err != nil {
 		return err

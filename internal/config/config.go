@@ -95,6 +95,8 @@ type NATS struct {
 	// CA, Cert and Key are absolute paths of PEM files. Cert and Key are set
 	// together or not at all.
 	CA, Cert, Key string
+	// Heartbeat is the time between this node's signs of life.
+	Heartbeat time.Duration
 }
 
 // Existing reports whether the node uses NATS servers that are not its own.

@@ -43,6 +43,7 @@ func TestForDevice(t *testing.T) {
 			PollInterval:  time.Second,
 			SweepInterval: 5 * time.Minute,
 		}},
+		NATS:          NATS{Heartbeat: 250 * time.Millisecond},
 		MaxSkew:       10 * time.Second,
 		StateDir:      "/var/lib/wgroam",
 		ControlSocket: "/run/wgroam/control.sock",
@@ -173,6 +174,7 @@ peers = [
   "gw-c.example.net:4950",
   "[2001:db8::13]:4950",
 ]
+heartbeat = "1s"
 [feed]
 max_skew = "3s"
 [state]
@@ -201,8 +203,9 @@ listen = "127.0.0.1:9586"
 			{Name: "wg1", Netns: "/proc/1/ns/net", Role: RoleAlways, Standby: StandbyDown, PollInterval: time.Second, SweepInterval: 5 * time.Minute},
 		},
 		NATS: NATS{
-			Listen: ":4950",
-			Peers:  []string{"10.0.0.12:4950", "gw-c.example.net:4950", "[2001:db8::13]:4950"},
+			Listen:    ":4950",
+			Peers:     []string{"10.0.0.12:4950", "gw-c.example.net:4950", "[2001:db8::13]:4950"},
+			Heartbeat: time.Second,
 		},
 		MaxSkew:       3 * time.Second,
 		StateDir:      "/srv/wgroam",
@@ -231,6 +234,7 @@ tls = {ca = "/etc/ca.pem", cert = "/etc/c.pem", key = "/etc/k.pem"}
 		URL:   "tls://a.example.net:4222, tls://b.example.net",
 		Creds: "/etc/wgroam/nats.creds",
 		CA:    "/etc/ca.pem", Cert: "/etc/c.pem", Key: "/etc/k.pem",
+		Heartbeat: 250 * time.Millisecond,
 	}
 	if diff := cmp.Diff(wantNATS, got.NATS); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -331,6 +335,7 @@ func TestMistakes(t *testing.T) {
 		{"relative FIFO", wg0 + "role='auto'\nvrrp='a'\n[keepalived]\nfifo='f'\n", []string{`f:6: keepalived.fifo: "f" is not an absolute path: start it with a slash`}},
 		{"duration", wg0 + "poll_interval='1'\n", []string{`f:3: device.poll_interval: "1" is not a duration: write "250ms", "10s" or "5m"`}},
 		{"short duration", wg0 + "sweep_interval='1ms'\n", []string{`f:3: device.sweep_interval: 1ms is out of range: want 1s to 24h0m0s`}},
+		{"rare heartbeat", wg0 + "[nats]\nheartbeat='11s'\n", []string{`f:4: nats.heartbeat: 11s is out of range: want 50ms to 10s`}},
 		{"negative duration", wg0 + "[feed]\nmax_skew='-1s'\n", []string{`f:4: feed.max_skew: -1s is out of range: want 10ms to 1h0m0s`}},
 		{"relative path", wg0 + "secret_file='secret'\n", []string{`f:3: device.secret_file: "secret" is not an absolute path: start it with a slash`}},
 		{"relative socket", wg0 + "[control]\nsocket='./s'\n", []string{`f:4: control.socket: "./s" is not an absolute path: start it with a slash`}},

@@ -57,6 +57,8 @@ type rawNATS struct {
 	Creds   string   `toml:"creds"`
 	NKey    string   `toml:"nkey"`
 	TLS     rawTLS   `toml:"tls"`
+
+	Heartbeat string `toml:"heartbeat"`
 }
 
 type rawTLS struct {
@@ -95,6 +97,7 @@ func defaults() raw {
 			PollInterval:  "1s",
 			SweepInterval: "5m",
 		}},
+		NATS:    rawNATS{Heartbeat: "250ms"},
 		Feed:    rawFeed{MaxSkew: "10s"},
 		State:   rawState{Dir: "/var/lib/wgroam"},
 		Control: rawControl{Socket: "/run/wgroam/control.sock"},
@@ -198,7 +201,7 @@ func (p *parser) config(r raw) Config {
 	def := defaults()
 	c := Config{
 		Node:           r.Node,
-		NATS:           p.nats(r.NATS),
+		NATS:           p.nats(r.NATS, def.NATS),
 		MaxSkew:        p.duration(-1, "feed.max_skew", cmp.Or(r.Feed.MaxSkew, def.Feed.MaxSkew), 10*time.Millisecond, time.Hour),
 		KeepalivedFIFO: p.path(-1, "keepalived.fifo", r.Keepalived.FIFO),
 
@@ -313,7 +316,7 @@ func (p *parser) netns(dev int, s string) string {
 	return s
 }
 
-func (p *parser) nats(r rawNATS) NATS {
+func (p *parser) nats(r, def rawNATS) NATS {
 	n := NATS{
 		Listen:  p.hostPort("nats.listen", r.Listen, true),
 		URL:     p.urls(r.URL),
@@ -323,6 +326,9 @@ func (p *parser) nats(r rawNATS) NATS {
 		CA:      p.path(-1, "nats.tls.ca", r.TLS.CA),
 		Cert:    p.path(-1, "nats.tls.cert", r.TLS.Cert),
 		Key:     p.path(-1, "nats.tls.key", r.TLS.Key),
+
+		// As much as the others make allowance for (feed.MaxInterval).
+		Heartbeat: p.duration(-1, "nats.heartbeat", cmp.Or(r.Heartbeat, def.Heartbeat), 50*time.Millisecond, 10*time.Second),
 	}
 	for _, s := range r.Peers {
 		peer := p.hostPort("nats.peers", s, false)

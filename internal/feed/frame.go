@@ -140,12 +140,11 @@ type Beat struct {
 	Unproven bool
 }
 
-// Beats are sent every DefaultInterval, if nothing else is configured, and no
-// more and no less often than the other two say.
 const (
-	MinInterval     = 50 * time.Millisecond
+	// DefaultInterval is the time between beats.
 	DefaultInterval = 250 * time.Millisecond
-	MaxInterval     = 10 * time.Second
+	// MaxInterval is the most that a node may take.
+	MaxInterval = 10 * time.Second
 )
 
 // Silence is how long the sender may be silent after the beat before it counts
