@@ -203,6 +203,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	}
 	// After the tracker: sessions that have lived on know better.
 	s.restore(d.log)
+	defer s.state.Close() // when nothing changes the table any more
 	s.feed.Start()
 	defer s.feed.Close()
 

@@ -25,10 +25,9 @@ import (
 // (feed.Keys.Seal), which authenticate it:
 //
 //	 0  magic        8 bytes, "wgroam" 0 1; the last is the version
-//	 8  written      i64, Unix ns
-//	16  record size  u32
-//	20  count        u32
-const headerSize = 24
+//	 8  record size  u32
+//	12  count        u32
+const headerSize = 16
 
 var magic = []byte("wgroam\x00\x01")
 
@@ -37,9 +36,8 @@ var magic = []byte("wgroam\x00\x01")
 var ErrForeign = errors.New("not a snapshot of this group, or damaged")
 
 // Encode returns the contents of a file.
-func Encode(keys feed.Keys, records []wgroam.Record, now time.Time) []byte {
+func Encode(keys feed.Keys, records []wgroam.Record) []byte {
 	header := append(make([]byte, 0, headerSize), magic...)
-	header = binary.BigEndian.AppendUint64(header, uint64(now.UnixNano()))
 	header = binary.BigEndian.AppendUint32(header, wgroam.RecordSize)
 	header = binary.BigEndian.AppendUint32(header, uint32(len(records)))
 	body := make([]byte, 0, len(records)*wgroam.RecordSize)
@@ -61,7 +59,7 @@ func Decode(keys feed.Keys, file []byte) ([]wgroam.Record, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrForeign, err)
 	}
-	size, count := int(binary.BigEndian.Uint32(header[16:])), int(binary.BigEndian.Uint32(header[20:]))
+	size, count := int(binary.BigEndian.Uint32(header[8:])), int(binary.BigEndian.Uint32(header[12:]))
 	if size < wgroam.RecordSize || len(body) != size*count {
 		return nil, fmt.Errorf("%w: %d bytes for %d records of %d", ErrForeign, len(body), count, size)
 	}
@@ -146,33 +144,36 @@ func (f *File) Read() ([]wgroam.Record, error) {
 	return records, err
 }
 
-// Run writes the file when the table has changed, and once more when ctx ends.
+// Run writes the file when the table has changed, until ctx ends.
 func (f *File) Run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
+			return
 		case <-f.changes.Ready():
-		}
-		if f.changes.Len() > 0 {
 			f.write()
 		}
 		select {
 		case <-ctx.Done():
-			if f.changes.Len() > 0 {
-				f.write()
-			}
 			return
 		case <-time.After(every):
 		}
 	}
 }
 
-// write writes what the table has. After a failure the peers stay marked.
+// Close writes what has changed since the last time. To be called after Run has
+// returned, when nothing changes the table any more.
+func (f *File) Close() { f.write() }
+
+// write writes what the table has, if that has changed. After a failure the peers
+// stay marked.
 func (f *File) write() {
+	if f.changes.Len() == 0 {
+		return
+	}
 	keys := f.changes.Take(f.changes.Len())
 	records := f.cfg.Table.Records()
-	now := time.Now()
-	err := Replace(f.path, Encode(f.cfg.Keys, records, now))
+	err := Replace(f.path, Encode(f.cfg.Keys, records))
 
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -190,7 +191,7 @@ func (f *File) write() {
 	if f.status.Err != nil {
 		f.cfg.Log.Info("the snapshot is written again", "path", f.path)
 	}
-	f.status.Written, f.status.Records, f.status.Err = now, len(records), nil
+	f.status.Written, f.status.Records, f.status.Err = time.Now(), len(records), nil
 }
 
 // Replace puts data in the place of a file, whatever happens meanwhile: after a
