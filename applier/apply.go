@@ -45,7 +45,10 @@ type Config struct {
 	Device Device
 	Table  *wgroam.Table
 	View   *wgroam.View
-	Log    *slog.Logger
+	// Written, if set, is told how long a record took from the Table into the
+	// device. It must not block.
+	Written func(time.Duration)
+	Log     *slog.Logger
 }
 
 // State says whether the device holds what the Table says.
@@ -85,6 +88,7 @@ type written struct {
 type Applier struct {
 	cfg     Config
 	changes *wgroam.Changes
+	waits   *wgroam.Waits // since the record is in the Table
 
 	mu     sync.Mutex
 	peers  map[wgroam.Key]written
@@ -94,8 +98,11 @@ type Applier struct {
 // New returns an Applier for all that is in the Table, and all that will be.
 // Nothing is written before Run.
 func New(cfg Config) *Applier {
-	a := &Applier{cfg: cfg, changes: wgroam.NewChanges(), peers: make(map[wgroam.Key]written)}
-	cfg.Table.Notify(a.changes, nil)
+	a := &Applier{cfg: cfg, changes: wgroam.NewChanges(), waits: wgroam.NewWaits(), peers: make(map[wgroam.Key]written)}
+	cfg.Table.Notify(a.changes, func(r wgroam.Record) bool {
+		a.waits.Begin(r.Peer, time.Now())
+		return true
+	})
 	cfg.View.Notify(a.changes)
 	for _, r := range cfg.Table.Records() {
 		a.changes.Mark(r.Peer)
@@ -170,6 +177,9 @@ func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Reco
 			}
 			r, state := a.decide(k)
 			v, tried := failed[k]
+			if state != StateNo {
+				a.waits.End(k, time.Now()) // for nothing that we could write
+			}
 			switch {
 			case state == StateUnconfirmed:
 				unconfirmed = append(unconfirmed, k)
@@ -272,6 +282,11 @@ func (a *Applier) write(records []wgroam.Record) error {
 	a.status.LastError = err
 	if err == nil {
 		a.status.Applied += uint64(len(records))
+		for _, r := range records {
+			if waited, ok := a.waits.End(r.Peer, time.Now()); ok && a.cfg.Written != nil {
+				a.cfg.Written(waited)
+			}
+		}
 		return nil
 	}
 	for i, r := range records {

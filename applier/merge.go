@@ -52,7 +52,10 @@ type MergerConfig struct {
 	Feed  Asker
 	// VIP are our own virtual addresses: nobody's endpoint.
 	VIP []netip.Addr
-	Log *slog.Logger
+	// Merged, if set, is told how long the records of an update took from the
+	// connection into the Table. It must not block.
+	Merged func(time.Duration)
+	Log    *slog.Logger
 }
 
 // NodeState says how a node's table stands to ours.
@@ -76,6 +79,15 @@ type Node struct {
 	Records int
 }
 
+// Counters are what a Merger has counted.
+type Counters struct {
+	// Gaps: updates that were missing when the next one, or a beat, came.
+	Gaps uint64
+	// Syncs were answered in full, SyncErrors were not; Synced records were in
+	// the answers.
+	Syncs, SyncErrors, Synced uint64
+}
+
 // Merger takes the records of other nodes into the Table.
 //
 // What goes missing on the way is noticed by its sequence number, or by digests
@@ -87,6 +99,7 @@ type Merger struct {
 	mu      sync.Mutex
 	nodes   map[wgroam.NodeID]*node
 	refused map[string]uint64
+	counted Counters
 }
 
 // node is what is remembered of another node.
@@ -133,8 +146,12 @@ func NewMerger(cfg MergerConfig) *Merger {
 
 // Update takes an update of another node. It does not block.
 func (m *Merger) Update(u feed.Update) {
+	came := time.Now()
 	for _, r := range u.Records {
 		m.merge(r, time.Now())
+	}
+	if m.cfg.Merged != nil {
+		m.cfg.Merged(time.Since(came))
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -143,6 +160,7 @@ func (m *Merger) Update(u feed.Update) {
 		return // another count; the next beat says which is the present one
 	}
 	if u.Seq > n.seq+1 {
+		m.counted.Gaps += u.Seq - n.seq - 1
 		m.ask(n)
 	}
 	n.seq = max(n.seq, u.Seq)
@@ -182,6 +200,7 @@ func (m *Merger) Beat(b feed.Beat) {
 	m.warnSkew(n)
 	if b.Seq > n.seq {
 		// The last updates before the beat are missing.
+		m.counted.Gaps += b.Seq - n.seq
 		n.seq, n.suspect = b.Seq, true
 	}
 	if b.Digest == ours {
@@ -358,7 +377,9 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 	defer m.mu.Unlock()
 	n := m.nodes[id]
 	n.asking = false
+	m.counted.Synced += uint64(got)
 	if err != nil {
+		m.counted.SyncErrors++
 		n.suspect = true // again at its next beat
 		switch {
 		case ctx.Err() != nil:
@@ -370,6 +391,7 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 		}
 		return
 	}
+	m.counted.Syncs++
 	if now == have {
 		n.futile = [2]uint64{now.Sum(), n.askedAt}
 	}
@@ -410,6 +432,13 @@ func (m *Merger) NameOf(id wgroam.NodeID) string {
 		return n.beat.Name
 	}
 	return id.String()
+}
+
+// Counters returns what has been counted so far.
+func (m *Merger) Counters() Counters {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.counted
 }
 
 // Refused returns how many records were refused, by reason: endpoint, full,

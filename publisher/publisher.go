@@ -25,6 +25,9 @@ type Config struct {
 	Role func() feed.Role
 	// Beat is the time between beats; zero is feed.DefaultInterval.
 	Beat time.Duration
+	// Sent, if set, is told how long a record took from the Table to a server. It
+	// must not block.
+	Sent func(time.Duration)
 	Log  *slog.Logger
 }
 
@@ -40,6 +43,7 @@ const (
 type Publisher struct {
 	cfg     Config
 	changes *wgroam.Changes
+	waits   *wgroam.Waits // since the record is in the Table
 	flushUp chan struct{} // a connection came up
 	beatUp  chan struct{}
 	asked   *requests
@@ -54,11 +58,18 @@ func New(cfg Config) *Publisher {
 	p := &Publisher{
 		cfg:     cfg,
 		changes: wgroam.NewChanges(),
+		waits:   wgroam.NewWaits(),
 		flushUp: make(chan struct{}, 1),
 		beatUp:  make(chan struct{}, 1),
 		asked:   newRequests(),
 	}
-	cfg.Table.Notify(p.changes, p.own)
+	cfg.Table.Notify(p.changes, func(r wgroam.Record) bool {
+		if !p.own(r) {
+			return false
+		}
+		p.waits.Begin(r.Peer, time.Now())
+		return true
+	})
 	cfg.Link.OnRequest(p.asked.add)
 	cfg.Link.OnEvent(func(e feed.Event) {
 		if e.Up {
@@ -145,6 +156,8 @@ func (p *Publisher) flush() (some bool, err error) {
 		// Another node may have seen the peer since.
 		if r, ok := p.cfg.Table.Get(k); ok && p.own(r) {
 			records = append(records, r)
+		} else {
+			p.waits.End(k, time.Now())
 		}
 	}
 	if len(records) == 0 {
@@ -155,6 +168,12 @@ func (p *Publisher) flush() (some bool, err error) {
 			p.changes.Mark(k)
 		}
 		return true, err
+	}
+	now := time.Now()
+	for _, r := range records {
+		if waited, ok := p.waits.End(r.Peer, now); ok && p.cfg.Sent != nil {
+			p.cfg.Sent(waited)
+		}
 	}
 	return true, nil
 }

@@ -7,9 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -307,53 +305,6 @@ func TestOneDevice(t *testing.T) {
 			t.Errorf("%v: %v: %s", args, err, out)
 		}
 	}
-}
-
-// TestMetrics: the counters are to be had over HTTP.
-func TestMetrics(t *testing.T) {
-	l := newLab(t, lab.Config{})
-	a, c := l.Gateways[0], l.Clients[0]
-	dir := t.TempDir()
-	n := startNode(t, a, dir, config(a, dir)+"[metrics]\nlisten = \"127.0.0.1:9586\"\n")
-	ping(t, c)
-	await(t, "the peer is known", func() (bool, string) {
-		s := n.status()
-		return s.Records == 1, fmt.Sprintf("%+v", s)
-	})
-	body := metrics(t, a, "127.0.0.1:9586")
-	for _, want := range []string{
-		fmt.Sprintf("wgroam_records{device=%q,netns=\"\"} 1\n", a.Device()),
-		fmt.Sprintf("wgroam_sweep_repairs_total{device=%q,netns=\"\"} 0\n", a.Device()),
-	} {
-		if !strings.Contains(body, want) {
-			t.Errorf("metrics lack %q:\n%s", want, body)
-		}
-	}
-	if strings.Contains(body, c.Endpoint().Addr().String()) || strings.Contains(body, c.Key().String()) {
-		t.Errorf("metrics tell where or who a peer is:\n%s", body)
-	}
-}
-
-// metrics gets what a daemon on gw serves there.
-func metrics(t testing.TB, gw *lab.Gateway, listen string) string {
-	t.Helper()
-	client := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(_ context.Context, network, addr string) (conn net.Conn, err error) {
-			err = gw.Do(func() error { conn, err = net.Dial(network, addr); return err })
-			return conn, err
-		},
-	}}
-	resp, err := client.Get("http://" + listen + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(body)
 }
 
 // TestWatchDaemon: watch through a daemon shows what a watch of its own shows.

@@ -217,7 +217,7 @@ func TestOtherNetns(t *testing.T) {
 	if there != len(l.Clients) {
 		t.Errorf("%d peers in %s, want %d: %+v", there, blue, len(l.Clients), peers)
 	}
-	if body := metrics(t, x, "127.0.0.1:9586"); !strings.Contains(body, fmt.Sprintf("wgroam_records{device=%q,netns=%q} 2\n", a.Device(), blue)) {
+	if body, _ := scrape(t, x, "127.0.0.1:9586"); !strings.Contains(body, fmt.Sprintf("wgroam_records{device=%q,netns=%q} 2\n", a.Device(), blue)) {
 		t.Errorf("metrics:\n%s", body)
 	}
 }

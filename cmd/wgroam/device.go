@@ -33,6 +33,7 @@ type daemon struct {
 	kernel  *tracker.Kernel
 	port    *tracker.Port
 	events  *control.Hub
+	lag     lag
 	devices []*device
 	serving chan struct{} // closed when there is a server
 
@@ -194,9 +195,11 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	defer writer.Close()
 	s.applier = applier.New(applier.Config{
 		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
+		Written: d.d.lag.stage(d.cfg, stageApplied),
 	})
 	pub := publisher.New(publisher.Config{
 		Table: s.table, Link: s.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,
+		Sent: d.d.lag.stage(d.cfg, stageSent),
 	})
 	if err := s.tracker.Start(); err != nil {
 		return err
@@ -282,6 +285,7 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 	s.merger = applier.NewMerger(applier.MergerConfig{
 		Self: s.feed.Self(), Table: s.table, Clock: s.clock, View: s.view, Feed: s.feed,
 		VIP: d.cfg.VIP, Log: d.log,
+		Merged: d.d.lag.stage(d.cfg, stageMerged),
 	})
 	s.state = snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: keys, Table: s.table, Log: d.log})
 	s.feed.OnUpdate(s.merger.Update)
@@ -291,12 +295,15 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 			s.merger.Up()
 		}
 	})
+	reached := d.d.lag.stage(d.cfg, stageUser)
 	s.tracker = tracker.New(tracker.Config{
 		Device: s.link.Name, Ifindex: s.link.Ifindex, Netns: s.netns, Space: s.space,
 		Kernel: d.d.kernel, Port: d.d.port, WG: s.reader, View: s.view,
 		Changed: func(o wgroam.Observation) {
 			if isChange(o) {
-				e := control.NewEvent(d.cfg.Name, o, time.Now())
+				now := time.Now()
+				reached(now.Sub(o.At))
+				e := control.NewEvent(d.cfg.Name, o, now)
 				e.Netns = d.cfg.Netns
 				d.d.events.Publish(e)
 			}

@@ -19,7 +19,7 @@ func TestCollector(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &daemon{cfg: cfg, log: slog.New(slog.DiscardHandler), kernel: new(tracker.Kernel)}
+	d := &daemon{cfg: cfg, log: slog.New(slog.DiscardHandler), kernel: new(tracker.Kernel), lag: newLag()}
 	d.cfg.StateDir = t.TempDir()
 	dev, err := newDevice(d, cfg.Devices[0])
 	if err != nil {

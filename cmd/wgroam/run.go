@@ -65,6 +65,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		cfg: cfg, log: log, started: started,
 		kernel: kernel, port: port,
 		events:  control.NewHub(),
+		lag:     newLag(),
 		groups:  make(map[string]string),
 		serving: make(chan struct{}),
 	}

@@ -83,7 +83,7 @@ func (d *device) status() control.DeviceStatus {
 		}
 	}
 	f := s.state.Status()
-	out.Snapshot = control.Snapshot{Path: f.Path, Written: f.Written, Records: f.Records}
+	out.Snapshot = control.Snapshot{Path: f.Path, Written: f.Written, Records: f.Records, Writes: f.Writes, Errors: f.Errors}
 	if f.Err != nil {
 		out.Snapshot.Error = f.Err.Error()
 		errs = append(errs, f.Err.Error())
@@ -114,6 +114,11 @@ func (s *session) feedStatus(out *control.FeedStatus) {
 	}
 	c := s.feed.Counters()
 	out.Sent, out.Received = c.SentRecords, c.Records
+	out.FramesSent, out.FramesReceived = c.FramesSent, c.FramesReceived
+	out.BytesSent, out.BytesReceived = c.BytesSent, c.BytesReceived
+	out.Dropped = c.Dropped
+	m := s.merger.Counters()
+	out.Gaps, out.Syncs, out.SyncErrors, out.Synced = m.Gaps, m.Syncs, m.SyncErrors, m.Synced
 	out.Refused = map[string]uint64{
 		"short": c.Short, "version": c.Version, "type": c.Type, "key_id": c.KeyID, "auth": c.Auth,
 		"malformed": c.Malformed, "old": c.Old, "echo": c.OwnEcho, "name_clash": c.NameClash,

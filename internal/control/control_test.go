@@ -55,6 +55,7 @@ func testStatus() Status {
 				LastError: "none & nothing",
 				Snapshot: Snapshot{
 					Path: "/var/lib/wgroam/5f1d.snapshot", Written: time.Date(2026, 11, 23, 7, 0, 3, 0, zone), Records: 6, Error: "no space left",
+					Writes: 3, Errors: 2,
 				},
 				Feed: FeedStatus{
 					Mode: FeedEmbedded, Listen: "10.0.0.11:4950", Error: "address in use",
@@ -69,6 +70,8 @@ func testStatus() Status {
 					},
 					Refused: map[string]uint64{"seal": 2, "endpoint": 1},
 					Sent:    10, Received: 11,
+					FramesSent: 12, FramesReceived: 13, BytesSent: 14, BytesReceived: 15,
+					Dropped: 16, Gaps: 17, Syncs: 18, SyncErrors: 19, Synced: 20,
 				},
 			},
 		},

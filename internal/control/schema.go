@@ -86,6 +86,8 @@ type Snapshot struct {
 	Written time.Time `json:"written,omitzero"`
 	Records int       `json:"records"` // in the file
 	Error   string    `json:"error"`   // why it could not be read or written; empty when none
+	Writes  uint64    `json:"writes"`  // of this process
+	Errors  uint64    `json:"errors"`  // writes that failed
 }
 
 // The values of Detector.Rung, best first.
@@ -120,6 +122,19 @@ type FeedStatus struct {
 	Refused     map[string]uint64 `json:"refused"`     // received frames and records that changed nothing, by reason
 	Sent        uint64            `json:"sent"`        // records published, without answers to syncs
 	Received    uint64            `json:"received"`    // records received and authentic, without answers to syncs
+
+	// Frames of all kinds, on all connections, refused ones included, and their
+	// bytes without those of NATS, TLS and TCP.
+	FramesSent     uint64 `json:"frames_sent"`
+	FramesReceived uint64 `json:"frames_received"`
+	BytesSent      uint64 `json:"bytes_sent"`
+	BytesReceived  uint64 `json:"bytes_received"`
+
+	Dropped    uint64 `json:"dropped"`     // times that this node was too slow to read, and messages were lost
+	Gaps       uint64 `json:"gaps"`        // updates that were missing, as their numbers show
+	Syncs      uint64 `json:"syncs"`       // comparisons of tables that another node has answered in full
+	SyncErrors uint64 `json:"sync_errors"` // those that none has, and were tried again
+	Synced     uint64 `json:"synced"`      // records in the answers
 }
 
 // Connection is one connection to a NATS server.

@@ -204,6 +204,7 @@ func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield fu
 	for _, c := range t.via {
 		nc := c.nc.Load()
 		sub, err := nc.Subscribe(inbox, func(m *nats.Msg) {
+			l.count.receivedFrame(m.Data)
 			select {
 			case replies <- m:
 			case <-done:
@@ -217,6 +218,7 @@ func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield fu
 		// The servers want to know where the answer will come, or a new
 		// subscription in another cluster may miss it.
 		if nc.PublishRequest(subject, inbox, frame) == nil {
+			l.count.sentFrame(frame)
 			asked++
 		}
 	}

@@ -200,7 +200,10 @@ func (c *conn) subscribe(nc *nats.Conn) {
 		c.l.prefix + "*.*": c.l.receive,
 		c.l.prefix + "q":   c.l.receiveRequest,
 	} {
-		sub, err := nc.Subscribe(subject, func(m *nats.Msg) { f(c, m) })
+		sub, err := nc.Subscribe(subject, func(m *nats.Msg) {
+			c.l.count.receivedFrame(m.Data)
+			f(c, m)
+		})
 		if err != nil { // closed
 			return
 		}
@@ -211,6 +214,15 @@ func (c *conn) subscribe(nc *nats.Conn) {
 	c.turn.Lock()
 	c.subscribed = true
 	c.turn.Unlock()
+}
+
+// publish sends a frame on this connection.
+func (c *conn) publish(subject string, frame []byte) error {
+	err := c.nc.Load().Publish(subject, frame)
+	if err == nil {
+		c.l.count.sentFrame(frame)
+	}
+	return err
 }
 
 func (c *conn) state() ConnStatus {

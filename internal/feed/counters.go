@@ -12,6 +12,7 @@ type Counters struct {
 	// Updates, Beats and Requests of other nodes were accepted; Records were in
 	// the updates.
 	Updates, Records, Beats, Requests uint64
+	Traffic
 	// Dropped counts the times that messages were lost because callbacks were
 	// too slow.
 	Dropped uint64
@@ -38,6 +39,13 @@ type Counters struct {
 	OwnEcho uint64
 	// NameClash: from another node that goes by our name.
 	NameClash uint64
+}
+
+// Traffic counts frames of all kinds and their bytes, without those of NATS, TLS
+// and TCP: sent, once for each connection, and received, refused or not.
+type Traffic struct {
+	FramesSent, BytesSent         uint64
+	FramesReceived, BytesReceived uint64
 }
 
 // refusal is an error: why a message was refused.
@@ -74,8 +82,20 @@ func (r refusal) Error() string {
 type counters struct {
 	sent, sentRecords                 atomic.Uint64
 	updates, records, beats, requests atomic.Uint64
+	framesSent, bytesSent             atomic.Uint64
+	framesReceived, bytesReceived     atomic.Uint64
 	dropped                           atomic.Uint64
 	refused                           [refusals]atomic.Uint64
+}
+
+func (c *counters) sentFrame(frame []byte) {
+	c.framesSent.Add(1)
+	c.bytesSent.Add(uint64(len(frame)))
+}
+
+func (c *counters) receivedFrame(frame []byte) {
+	c.framesReceived.Add(1)
+	c.bytesReceived.Add(uint64(len(frame)))
 }
 
 // Counters returns what has been counted so far.
@@ -88,15 +108,19 @@ func (l *Link) Counters() Counters {
 		Records:     c.records.Load(),
 		Beats:       c.beats.Load(),
 		Requests:    c.requests.Load(),
-		Dropped:     c.dropped.Load(),
-		Short:       c.refused[errShort].Load(),
-		Version:     c.refused[errVersion].Load(),
-		Type:        c.refused[errType].Load(),
-		KeyID:       c.refused[errKeyID].Load(),
-		Auth:        c.refused[errAuth].Load(),
-		Malformed:   c.refused[errMalformed].Load(),
-		Old:         c.refused[errOld].Load(),
-		OwnEcho:     c.refused[errEcho].Load(),
-		NameClash:   c.refused[errName].Load(),
+		Traffic: Traffic{
+			FramesSent: c.framesSent.Load(), BytesSent: c.bytesSent.Load(),
+			FramesReceived: c.framesReceived.Load(), BytesReceived: c.bytesReceived.Load(),
+		},
+		Dropped:   c.dropped.Load(),
+		Short:     c.refused[errShort].Load(),
+		Version:   c.refused[errVersion].Load(),
+		Type:      c.refused[errType].Load(),
+		KeyID:     c.refused[errKeyID].Load(),
+		Auth:      c.refused[errAuth].Load(),
+		Malformed: c.refused[errMalformed].Load(),
+		Old:       c.refused[errOld].Load(),
+		OwnEcho:   c.refused[errEcho].Load(),
+		NameClash: c.refused[errName].Load(),
 	}
 }

@@ -308,7 +308,7 @@ func (l *Link) publish(subject string, h header) error {
 			l.out = l.keys.seal(l.out[:0], h, l.body, subject, nil)
 			sealed = true
 		}
-		e := c.nc.Load().Publish(subject, l.out)
+		e := c.publish(subject, l.out)
 		switch {
 		case e == nil:
 			err = nil
@@ -343,7 +343,7 @@ func (l *Link) Answer(ctx context.Context, r *Request, records []wgroam.Record) 
 		if !r.via.up.Load() {
 			return fmt.Errorf("answer %v: %w: %s", r.Node, ErrNoLink, r.via.name)
 		}
-		if err := r.via.nc.Load().Publish(r.inbox, out); err != nil {
+		if err := r.via.publish(r.inbox, out); err != nil {
 			return fmt.Errorf("answer %v: %w", r.Node, err)
 		}
 	}

@@ -102,6 +102,9 @@ type Status struct {
 	Records int
 	// Err is why it could not be read or written the last time.
 	Err error
+	// Writes and Errors count the attempts to write it that succeeded, and that
+	// failed.
+	Writes, Errors uint64
 }
 
 // every is how often a file is written, at most, while the table changes.
@@ -178,6 +181,7 @@ func (f *File) write() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err != nil {
+		f.status.Errors++
 		for _, k := range keys {
 			f.changes.Mark(k)
 		}
@@ -191,6 +195,7 @@ func (f *File) write() {
 	if f.status.Err != nil {
 		f.cfg.Log.Info("the snapshot is written again", "path", f.path)
 	}
+	f.status.Writes++
 	f.status.Written, f.status.Records, f.status.Err = time.Now(), len(records), nil
 }
 
