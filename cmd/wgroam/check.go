@@ -177,11 +177,14 @@ func checkFeed(d control.DeviceStatus) []finding {
 		add(checkFail, d.Feed.Error, "free the address, or correct nats.listen")
 	}
 	for _, c := range d.Feed.Connections {
-		if c.Connected {
+		switch {
+		case c.Connected && c.Error == "":
 			add(checkOK, c.Name+" is connected", "")
-			continue
+		case c.Connected:
+			add(checkFail, withReason(c.Name+" is connected", c.Error), "correct the permissions of the NATS user; what is forbidden is tried again")
+		default:
+			add(checkFail, withReason(c.Name+" is not connected", c.Error), "unless the error says more: start wgroam or NATS there, and let this host reach it")
 		}
-		add(checkFail, withReason(c.Name+" is not connected", c.Error), "start wgroam or NATS there, and let this host reach it")
 	}
 	for _, n := range d.Feed.Nodes {
 		detail := fmt.Sprintf("node %s is %s, clock %+d ms", n.Name, n.State, n.SkewMS)

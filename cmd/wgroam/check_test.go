@@ -43,6 +43,7 @@ func TestCheckStatus(t *testing.T) {
 		"alone":           {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
 		"unheard":         {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
 		"disconnected":    {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
+		"forbidden":       {func(d *control.DeviceStatus) { d.Feed.Connections[0].Error = "permissions violation" }, "feed", checkFail},
 		"stale":           {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeStale }, "feed", checkFail},
 		"syncing":         {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeSyncing }, "feed", checkWarn},
 	} {

@@ -99,8 +99,9 @@ func (d *device) status() control.DeviceStatus {
 }
 
 func (s *session) feedStatus(out *control.FeedStatus) {
+	out.Subjects = s.feed.Subjects()
 	for _, c := range s.feed.Status() {
-		conn := control.Connection{Name: c.Name, Connected: c.Connected, Since: c.Since}
+		conn := control.Connection{Name: c.Name, Connected: c.Connected, Since: c.Since, Error: c.Denied}
 		if !c.Connected {
 			conn.Error = c.LastError
 		}
@@ -220,6 +221,9 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 		return
 	}
 	fmt.Fprintf(w, "feed\t%s, %d records sent, %d received\n", d.Feed.Mode, d.Feed.Sent, d.Feed.Received)
+	if d.Feed.Mode == control.FeedExisting {
+		fmt.Fprintf(w, "  subjects\t%s\n", d.Feed.Subjects)
+	}
 	for _, c := range d.Feed.Connections {
 		state := "connected"
 		if !c.Connected {

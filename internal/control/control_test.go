@@ -58,7 +58,7 @@ func testStatus() Status {
 					Writes: 3, Errors: 2,
 				},
 				Feed: FeedStatus{
-					Mode: FeedEmbedded, Listen: "10.0.0.11:4950", Error: "address in use",
+					Mode: FeedEmbedded, Listen: "10.0.0.11:4950", Error: "address in use", Subjects: "wgroam.v1.abc.>",
 					Connections: []Connection{
 						{Name: "10.0.0.13:4950", Since: time.Date(2026, 11, 23, 7, 0, 1, 0, zone), Error: "connection refused"},
 						{Name: "10.0.0.12:4950", Since: time.Date(2026, 11, 23, 6, 0, 2, 5000, time.UTC), Connected: true},

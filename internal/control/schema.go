@@ -117,6 +117,7 @@ type FeedStatus struct {
 	Mode        string            `json:"mode"`        // embedded, existing, none
 	Listen      string            `json:"listen"`      // the embedded server's host:port; empty when none
 	Error       string            `json:"error"`       // why there is no server; empty when there is, or none is wanted
+	Subjects    string            `json:"subjects"`    // all that the group uses; empty without a device
 	Connections []Connection      `json:"connections"` // by name
 	Nodes       []NodeStatus      `json:"nodes"`       // the others, by name and id
 	Refused     map[string]uint64 `json:"refused"`     // received frames and records that changed nothing, by reason
@@ -142,7 +143,7 @@ type Connection struct {
 	Name      string    `json:"name"` // host:port or URL, without user and password
 	Connected bool      `json:"connected"`
 	Since     time.Time `json:"since"` // of the present state; RFC 3339, UTC
-	Error     string    `json:"error"` // why not connected; empty when connected
+	Error     string    `json:"error"` // why not connected, or which subject the server forbids; empty when neither
 }
 
 // The values of NodeStatus.State.

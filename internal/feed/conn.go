@@ -5,6 +5,7 @@ package feed
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -24,6 +25,14 @@ const (
 	jitter        = 50 * time.Millisecond
 	// A subscription that reaches its limit drops what is newest.
 	pendingBytes = 64 << 20
+	// deniedWait is how long a connection stays as it is on which the server
+	// forbids a subject, and deniedJitter how much longer at most. Permissions may
+	// come with the credentials, which are read when it connects.
+	deniedWait   = 5 * time.Second
+	deniedJitter = 5 * time.Second
+	// deniedFor is how long a new connection must be without complaint for the
+	// last one's to be forgotten: a few beats.
+	deniedFor = 2 * time.Second
 )
 
 // conn is one connection of a Link. It is dialled until the Link is closed.
@@ -47,6 +56,9 @@ type conn struct {
 	logged  trouble
 	raw     net.Conn
 	closing bool
+	denied  time.Time   // when the server last forbade a subject
+	anew    *time.Timer // connects anew because of that; nil while it need not
+	forced  bool        // it does just now
 
 	started sync.WaitGroup // the goroutine that connects first
 	running sync.WaitGroup // subscriptions
@@ -186,6 +198,11 @@ func (c *conn) close() {
 	}
 	c.mu.Unlock()
 	c.started.Wait()
+	c.mu.Lock()
+	if c.anew != nil {
+		c.anew.Stop()
+	}
+	c.mu.Unlock()
 	if nc := c.nc.Load(); nc != nil {
 		nc.Close()
 	}
@@ -228,6 +245,9 @@ func (c *conn) publish(subject string, frame []byte) error {
 func (c *conn) state() ConnStatus {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.status.Connected && c.denied.Before(c.status.Since) && time.Since(c.status.Since) > deniedFor {
+		c.status.Denied = ""
+	}
 	return c.status
 }
 
@@ -248,15 +268,18 @@ func (c *conn) connected(again bool) {
 		c.status.Connected, c.status.Since = true, time.Now()
 	}
 	c.logged = troubleNone
+	forced := c.forced
+	c.forced = false
 	was := closing || c.up.Swap(true) // before anybody reads that it is connected
 	c.mu.Unlock()
 	if closing {
 		return
 	}
-	if !was {
-		c.l.log.Info("feed connected", "conn", c.name)
-	} else if !again {
+	if was && !again {
 		return
+	}
+	if !was && !forced {
+		c.l.log.Info("feed connected", "conn", c.name)
 	}
 	// A break so short that it went unseen is a break.
 	c.l.emit(Event{Conn: c.name, Up: true})
@@ -272,18 +295,26 @@ func (c *conn) disconnected(err error) {
 		return
 	}
 	c.mu.Lock()
-	closing := c.closing
+	closing, forced := c.closing, c.forced
+	if forced {
+		err = errAnew
+	}
 	c.status.Connected, c.status.Since, c.status.LastError = false, time.Now(), err.Error()
 	c.logged = troubleReach
 	c.mu.Unlock()
 	if closing {
 		return
 	}
-	c.l.log.Warn("feed connection lost, trying again", "conn", c.name, "err", err)
+	if !forced {
+		c.l.log.Warn("feed connection lost, trying again", "conn", c.name, "err", err)
+	}
 	c.l.emit(Event{Conn: c.name, Err: err})
 }
 
-var errUnreachable = errors.New("unreachable")
+var (
+	errUnreachable = errors.New("unreachable")
+	errAnew        = errors.New("connecting anew, because the server forbids a subject")
+)
 
 // failed notes a failed attempt. It is logged when the kind of failure is not
 // the one logged last: a node that is gone for a day is one line.
@@ -291,6 +322,7 @@ func (c *conn) failed(err error) {
 	if errors.Is(err, nats.ErrNoServers) {
 		return // dial has said it better
 	}
+	err = c.advise(err)
 	kind := troubleRefused
 	if errors.Is(err, errUnreachable) {
 		kind = troubleReach
@@ -317,7 +349,39 @@ func explain(err error) error {
 	return fmt.Errorf("TLS: %w", err)
 }
 
-func (c *conn) asyncError(_ *nats.Conn, sub *nats.Subscription, err error) {
+// advise says what to do when an existing NATS does not let us in.
+func (c *conn) advise(err error) error {
+	if c.tls != nil || c.opts.InProcessServer != nil {
+		return err
+	}
+	var (
+		remedy    string
+		authority x509.UnknownAuthorityError
+	)
+	switch {
+	case errors.Is(err, nats.ErrAuthExpired), errors.Is(err, nats.ErrAccountAuthExpired):
+		remedy = "get new credentials and put them in place of the old file, which is read at every attempt"
+	case errors.Is(err, nats.ErrAuthRevoked):
+		remedy = "these credentials have been revoked: get new ones and put them in place of the old file"
+	case errors.Is(err, nats.ErrAuthorization):
+		remedy = "the server does not know these credentials, or they have expired: correct user and password in url, creds, nkey or the context"
+	case errors.Is(err, nats.ErrSecureConnWanted):
+		remedy = "the server has no TLS: write nats:// in place of tls:// in url, and remove [nats.tls]"
+	case errors.As(err, &authority):
+		remedy = "set tls.ca to the file of the authority that signed the server's certificate"
+	// crypto/tls exports no type for an alert, and the alert may be overtaken.
+	case strings.Contains(err.Error(), "closed by remote after TLS handshake"),
+		strings.Contains(err.Error(), "remote error: tls: certificate required"),
+		strings.Contains(err.Error(), "remote error: tls: bad certificate"),
+		strings.Contains(err.Error(), "remote error: tls: unknown certificate authority"):
+		remedy = "the server wants a client certificate that it can verify: set tls.cert and tls.key to one"
+	default:
+		return err
+	}
+	return fmt.Errorf("%w: %s", err, remedy)
+}
+
+func (c *conn) asyncError(nc *nats.Conn, sub *nats.Subscription, err error) {
 	if errors.Is(err, nats.ErrSlowConsumer) {
 		c.l.count.dropped.Add(1)
 		if c.l.slow.allow(time.Now()) {
@@ -325,6 +389,11 @@ func (c *conn) asyncError(_ *nats.Conn, sub *nats.Subscription, err error) {
 		}
 		return
 	}
+	if errors.Is(err, nats.ErrPermissionViolation) {
+		c.forbidden(nc, err)
+		return
+	}
+	err = c.advise(err)
 	c.mu.Lock()
 	c.status.LastError = err.Error()
 	closing := c.closing
@@ -333,11 +402,32 @@ func (c *conn) asyncError(_ *nats.Conn, sub *nats.Subscription, err error) {
 		return
 	}
 	args := []any{"conn", c.name, "err", err}
-	if errors.Is(err, nats.ErrPermissionViolation) {
-		args = append(args, "remedy", "allow publish and subscribe on "+c.l.prefix+">")
-	}
 	if sub != nil {
 		args = append(args, "subject", sub.Subject)
 	}
 	c.l.log.Error("feed error", args...)
+}
+
+// forbidden notes that the server forbids a subject. It has no subscription to
+// it then, and gives none when that changes, so after a while we connect anew.
+func (c *conn) forbidden(nc *nats.Conn, err error) {
+	err = fmt.Errorf("%w: allow publish and subscribe on %s", err, c.l.keys.Subjects())
+	c.mu.Lock()
+	closing := c.closing
+	c.status.Denied, c.denied = err.Error(), time.Now()
+	if c.anew == nil && !closing {
+		c.anew = time.AfterFunc(deniedWait+rand.N(deniedJitter), func() {
+			c.mu.Lock()
+			c.anew, c.forced = nil, !c.closing && c.status.Connected
+			forced := c.forced
+			c.mu.Unlock()
+			if forced {
+				_ = nc.ForceReconnect() // closed
+			}
+		})
+	}
+	c.mu.Unlock()
+	if !closing && c.l.denied.allow(time.Now()) {
+		c.l.log.Error("the server forbids a part of the feed; trying again", "conn", c.name, "err", err)
+	}
 }

@@ -30,7 +30,8 @@ type External struct {
 
 func (e External) empty() bool { return e.URL == "" && e.Context == "" }
 
-// natsContext is the part of a context file that says how to connect.
+// natsContext is the part of a context file that says how to connect. Its
+// inbox_prefix has no use here: all subjects are below the group's.
 type natsContext struct {
 	URL      string `json:"url"`
 	Creds    string `json:"creds"`
@@ -38,9 +39,15 @@ type natsContext struct {
 	Token    string `json:"token"`
 	User     string `json:"user"`
 	Password string `json:"password"`
+	JWT      string `json:"user_jwt"`
+	Seed     string `json:"user_seed"`
 	CA       string `json:"ca"`
 	Cert     string `json:"cert"`
 	Key      string `json:"key"`
+	TLSFirst bool   `json:"tls_first"`
+	// Not for a daemon; refused.
+	NSC   string `json:"nsc"`
+	Proxy string `json:"socks_proxy"`
 }
 
 func readContext(name string) (natsContext, error) {
@@ -59,6 +66,22 @@ func readContext(name string) (natsContext, error) {
 	}
 	if err := json.Unmarshal(b, &c); err != nil {
 		return c, fmt.Errorf("nats context %q: %s: %w", name, path, err)
+	}
+	switch {
+	case c.NSC != "":
+		return c, fmt.Errorf("nats context %q: %s: nsc is not supported: write a file with nsc generate creds, and set creds to it", name, path)
+	case c.Proxy != "":
+		return c, fmt.Errorf("nats context %q: %s: socks_proxy is not supported: use a server that can be reached without", name, path)
+	}
+	// The tool expands these.
+	for _, p := range []*string{&c.Creds, &c.NKey, &c.CA, &c.Cert, &c.Key} {
+		if rest, ok := strings.CutPrefix(*p, "~/"); ok {
+			home, err := os.UserHomeDir()
+			if err != nil {
+				return c, fmt.Errorf("nats context %q: %s: %w: set HOME, or write the path in full", name, *p, err)
+			}
+			*p = filepath.Join(home, rest)
+		}
 	}
 	return c, nil
 }
@@ -83,13 +106,16 @@ func (e External) options() (nats.Options, string, error) {
 	first(e.Cert, &c.Cert)
 	first(e.Key, &c.Key)
 	if e.Creds != "" || e.NKey != "" {
-		c.Creds, c.NKey, c.Token, c.User, c.Password = e.Creds, e.NKey, "", "", ""
+		c.Creds, c.NKey, c.Token, c.User, c.Password, c.JWT, c.Seed = e.Creds, e.NKey, "", "", "", "", ""
 	}
 	if c.URL == "" {
 		return o, "", fmt.Errorf("nats context %q has no url: set one", e.Context)
 	}
 	if c.Creds != "" && c.NKey != "" {
 		return o, "", errors.New("nats: creds and nkey exclude each other: remove one")
+	}
+	if (c.JWT == "") != (c.Seed == "") {
+		return o, "", fmt.Errorf("nats context %q: user_jwt and user_seed belong together: set both", e.Context)
 	}
 	if (c.Cert == "") != (c.Key == "") {
 		return o, "", errors.New("nats: tls.cert and tls.key belong together: set both")
@@ -112,6 +138,12 @@ func (e External) options() (nats.Options, string, error) {
 			return o, "", fmt.Errorf("nats nkey %s: %w", c.NKey, err)
 		}
 		set = append(set, opt)
+	}
+	if c.JWT != "" {
+		set = append(set, nats.UserJWTAndSeed(c.JWT, c.Seed))
+	}
+	if c.TLSFirst {
+		set = append(set, nats.TLSHandshakeFirst())
 	}
 	if c.CA != "" {
 		set = append(set, nats.RootCAs(c.CA))

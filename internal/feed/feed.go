@@ -83,6 +83,9 @@ type ConnStatus struct {
 	// LastError is why it is not connected, or was not; empty when there was no
 	// error yet.
 	LastError string
+	// Denied is which subject the server forbids and what to do about it; empty
+	// when it forbids none. What is denied is tried again every few seconds.
+	Denied string
 }
 
 // Link is this node's part in one group.
@@ -151,7 +154,7 @@ func New(cfg Config) (*Link, error) {
 		self:    wgroam.NodeIDOf(cfg.Name),
 		boot:    uint64(time.Now().UnixNano()),
 		keys:    cfg.Keys,
-		prefix:  "wgroam.v1." + cfg.Keys.Group() + ".",
+		prefix:  strings.TrimSuffix(cfg.Keys.Subjects(), ">"),
 		log:     cfg.Log,
 		heard:   make(map[wgroam.NodeID]*heard),
 		hearing: make(chan struct{}),
@@ -195,6 +198,9 @@ func New(cfg Config) (*Link, error) {
 
 // Self returns this node's identity in the group.
 func (l *Link) Self() wgroam.NodeID { return l.self }
+
+// Subjects returns what Keys.Subjects does for the group.
+func (l *Link) Subjects() string { return l.keys.Subjects() }
 
 // Name returns this node's name.
 func (l *Link) Name() string { return l.name }

@@ -156,6 +156,10 @@ func (k Keys) TLS() *tls.Config { return k.s().tls.Clone() }
 // It says nothing about the key.
 func (k Keys) Group() string { return k.s().group }
 
+// Subjects returns the pattern of all subjects of the group. To publish and to
+// subscribe on it is all the permission that a member needs.
+func (k Keys) Subjects() string { return "wgroam.v1." + k.Group() + ".>" }
+
 // DigestKey returns the key of the group's table digests, for
 // wgroam.NewTable.
 func (k Keys) DigestKey() [32]byte { return k.s().digest }

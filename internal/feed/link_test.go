@@ -567,6 +567,11 @@ func startNATS(t testing.TB, opts *server.Options) *server.Server {
 	t.Helper()
 	opts.Host, opts.Port = "127.0.0.1", server.RANDOM_PORT
 	opts.NoLog, opts.NoSigs = true, true
+	return runNATS(t, opts)
+}
+
+func runNATS(t testing.TB, opts *server.Options) *server.Server {
+	t.Helper()
 	s, err := server.NewServer(opts)
 	if err != nil {
 		t.Fatal(err)

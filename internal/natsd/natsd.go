@@ -162,29 +162,23 @@ func (a auth) Check(c server.ClientAuthentication) bool {
 	if c.Kind() != server.CLIENT {
 		return false
 	}
-	var group string
+	var k feed.Keys
+	ok := false
 	if cs := c.GetTLSConnectionState(); cs != nil {
-		k, ok := a.group(cs.ServerName)
+		k, ok = a.group(cs.ServerName)
 		// The handshake has looked already. This is the place that grants.
-		if !ok || !cs.HandshakeComplete || k.TLS().VerifyConnection(*cs) != nil {
-			return false
-		}
-		group = cs.ServerName
-	} else {
+		ok = ok && cs.HandshakeComplete && k.TLS().VerifyConnection(*cs) == nil
+	} else if addr := c.RemoteAddress(); addr != nil && addr.Network() == "pipe" {
 		// TLS comes first on every TCP connection. What has none is one of our
 		// own pipes.
-		addr := c.RemoteAddress()
-		if addr == nil || addr.Network() != "pipe" {
-			return false
-		}
-		group = c.GetOpts().Username
-		if _, ok := a.group(group); !ok {
-			return false
-		}
+		k, ok = a.group(c.GetOpts().Username)
 	}
-	only := &server.SubjectPermission{Allow: []string{"wgroam.v1." + group + ".>"}}
+	if !ok {
+		return false
+	}
+	only := &server.SubjectPermission{Allow: []string{k.Subjects()}}
 	c.RegisterUser(&server.User{
-		Username:    group,
+		Username:    k.Group(),
 		Permissions: &server.Permissions{Publish: only, Subscribe: only},
 	})
 	return true
