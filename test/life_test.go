@@ -25,6 +25,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam"
@@ -106,8 +107,15 @@ func TestLife(t *testing.T) {
 	}
 	took := make(map[string]int)
 	deadline := time.Now().Add(*lifeFor)
+	var last []string
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the last steps: %s", strings.Join(last, ", "))
+		}
+	})
 	must := func(s step) {
 		took[s.name]++
+		last = append(last[max(0, len(last)-30):], s.name)
 		if err := s.do(v); err != nil {
 			t.Fatalf("%s: %v", s.name, err)
 		}
@@ -406,9 +414,10 @@ func (v *life) kill() error {
 func (v *life) settle() error {
 	for _, n := range v.nodes {
 		n.awaitNodes(len(v.nodes) - 1)
+		// By polling it does until a new device has its port, and holds less then.
 		await(v.t, n.gw.Name+" follows its device", func() (bool, string) {
 			s := n.status()
-			return s.State == control.StateUp && s.Peers >= len(v.lab.Clients), fmt.Sprintf("%+v", s)
+			return s.State == control.StateUp && s.Peers >= len(v.lab.Clients) && s.Detector.Rung != control.RungPolling, fmt.Sprintf("%+v", s)
 		})
 	}
 	want := make(map[wgroam.Key]netip.AddrPort)
@@ -426,7 +435,7 @@ func (v *life) settle() error {
 		_, err = c.Reach(ctx)
 		cancel()
 		if err != nil {
-			return err
+			return fmt.Errorf("%w: %v at %v; %s", err, c.Key(), ep, v.state(c))
 		}
 		want[c.Key()] = ep
 	}
@@ -444,6 +453,40 @@ func (v *life) settle() error {
 		})
 	}
 	return nil
+}
+
+// state tells what all devices say of a client's session.
+func (v *life) state(c *lab.Client) string {
+	var out strings.Builder
+	err := c.Do(func() error {
+		client, err := wgctrl.New()
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		d, err := client.Device(c.Device())
+		if err == nil {
+			fmt.Fprintf(&out, "client: port %d, %s", d.ListenPort, session(d.Peers[0]))
+		}
+		return err
+	})
+	for _, gw := range v.lab.Gateways {
+		peers, perr := gw.Peers()
+		err = errors.Join(err, perr)
+		for _, p := range peers {
+			if wgroam.Key(p.PublicKey) == c.Key() {
+				fmt.Fprintf(&out, "\n%s: %s", gw.Name, session(p))
+			}
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(&out, "\n%v", err)
+	}
+	return out.String()
+}
+
+func session(p wgtypes.Peer) string {
+	return fmt.Sprintf("%v, handshake %v, %d bytes received, %d sent", p.Endpoint, p.LastHandshakeTime, p.ReceiveBytes, p.TransmitBytes)
 }
 
 // agrees compares the clients' endpoints with the device and with what the
