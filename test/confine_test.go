@@ -57,7 +57,7 @@ func confined(t testing.TB, gw *lab.Gateway, c confinement, args ...string) *pro
 	p := &process{t: t, cmd: exec.Command("/proc/self/exe"), exited: make(chan struct{})}
 	p.cmd.Args = append([]string{"wgroam"}, args...)
 	p.cmd.Env = append(os.Environ(), confinedBy+"="+string(text))
-	p.cmd.Stderr = &p.stderr
+	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := gw.Start(p.cmd); err != nil {
 		t.Fatal(err)

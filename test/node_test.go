@@ -107,6 +107,7 @@ func (b *buffer) String() string {
 type process struct {
 	t      testing.TB
 	cmd    *exec.Cmd
+	stdout buffer // of those that are confined
 	stderr buffer
 	exited chan struct{}
 	err    error

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,7 +11,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/wgroam/wgroam/bpf"
+	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
 )
 
@@ -25,7 +26,7 @@ const (
 type finding struct {
 	Device string `json:"device"`          // empty: the node
 	Netns  string `json:"netns,omitempty"` // as in the status
-	Check  string `json:"check"`           // daemon, hook, role, device, detector, losses, applier, snapshot, feed
+	Check  string `json:"check"`           // config, daemon, privilege, btf, hook, port, role, device, detector, losses, applier, snapshot, feed, metrics
 	State  string `json:"state"`           // ok, warn, fail
 	Detail string `json:"detail"`
 	Do     string `json:"do"` // what to do about it; empty when ok
@@ -46,24 +47,39 @@ var errNotReady = errors.New("not ready: see the lines with fail")
 func checkVerb(ctx context.Context, e env, args []string) error {
 	fs, parse := flags(e, "check")
 	asJSON := fs.Bool("json", false, "print JSON")
-	socket := fs.String("socket", defaultSocket, "control socket of the daemon")
+	file := fs.String("config", "", "configuration `file` of the daemon")
+	socket := fs.String("socket", "", "control socket of the daemon (default that of --config, or else "+defaultSocket+")")
 	if err := parse(args); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	var status control.Status
 	report := checkReport{Schema: control.Schema, Ready: true}
-	switch err := control.Get(ctx, *socket, control.VerbStatus, &status); {
+	var cfg config.Config
+	if *file != "" {
+		var err error
+		f := finding{Check: "config", State: checkOK, Detail: *file + " can be read"}
+		if cfg, err = config.Load(*file); err != nil {
+			f = finding{Check: "config", State: checkFail, Detail: err.Error(), Do: "correct it: the daemon does not start with it"}
+		}
+		report.Checks = append(report.Checks, f)
+	}
+	path := cmp.Or(*socket, cfg.ControlSocket, defaultSocket)
+	var status control.Status
+	switch err := control.Get(ctx, path, control.VerbStatus, &status); {
 	case errors.Is(err, control.ErrNoDaemon):
-		report.Checks = []finding{
-			{Check: "daemon", State: checkFail, Detail: fmt.Sprintf("no daemon answers on %s", *socket), Do: "start one with wgroam run, or pass --socket"},
-			checkHook(),
+		report.Checks = append(report.Checks, finding{
+			Check: "daemon", State: checkFail, Detail: "no daemon answers on " + path,
+			Do: "start one with wgroam run, or pass its --config or --socket",
+		})
+		report.Checks = append(report.Checks, checkHost()...)
+		if len(cfg.Devices) > 0 {
+			report.Checks = append(report.Checks, checkConfig(ctx, cfg)...)
 		}
 	case err != nil:
 		return err
 	default:
-		report.Checks = checkStatus(status)
+		report.Checks = append(report.Checks, checkStatus(status)...)
 	}
 	for _, f := range report.Checks {
 		report.Ready = report.Ready && f.State != checkFail
@@ -95,18 +111,6 @@ func printReport(e env, report checkReport, asJSON bool) error {
 	return w.Flush()
 }
 
-// checkHook attaches the kernel hook for a moment.
-func checkHook() finding {
-	hook, err := bpf.Attach(1)
-	if err != nil {
-		return finding{Check: "hook", State: checkWarn, Detail: err.Error(), Do: "wgroam will use the best source that is left, and say which in status"}
-	}
-	if err := hook.Close(); err != nil {
-		return finding{Check: "hook", State: checkWarn, Detail: err.Error(), Do: "report this"}
-	}
-	return finding{Check: "hook", State: checkOK, Detail: "the kernel hook can be attached"}
-}
-
 // checkStatus judges what the daemon says of itself.
 func checkStatus(s control.Status) []finding {
 	out := []finding{{Check: "daemon", State: checkOK, Detail: fmt.Sprintf("%s runs version %s", s.Node, s.Version)}}
@@ -136,7 +140,7 @@ func checkDevice(d control.DeviceStatus) []finding {
 		add("role", checkFail, a.Alarm+": "+a.Detail, a.Do)
 	}
 	if d.State == control.StateMissing || d.State == control.StateWaiting {
-		add("device", checkFail, withReason(d.State, d.LastError), "create the device and give it its private key, or correct its name in the configuration")
+		add("device", checkFail, withReason(d.State, d.LastError), missingDevice)
 		return out
 	}
 	add("device", checkOK, fmt.Sprintf("%s, %d peers", d.State, d.Peers), "")
@@ -159,6 +163,8 @@ func checkDevice(d control.DeviceStatus) []finding {
 	}
 	return append(out, checkFeed(d)...)
 }
+
+const missingDevice = "create the device and give it its private key, or correct its name in the configuration"
 
 // skewWarn is the difference between two clocks that peers would notice after a
 // failover.

@@ -71,6 +71,13 @@ func With(f func() error) error {
 	return err
 }
 
+// Permitted reports whether the calling thread may have a capability, one of
+// unix.CAP_*, in effect or not.
+func Permitted(capability int) bool {
+	_, data, err := get()
+	return err == nil && data[capability/32].Permitted&(1<<(capability%32)) != 0
+}
+
 // get returns the capabilities of the calling thread.
 func get() (hdr unix.CapUserHeader, data [2]unix.CapUserData, err error) {
 	hdr.Version = unix.LINUX_CAPABILITY_VERSION_3

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/wgroam/wgroam/internal/config"
+)
+
+// TestCheckConfig: what a configuration names and is not there, or not free, is
+// found, and what is there is fine.
+func TestCheckConfig(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	listen := func() net.Listener {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	taken, gone := listen().Addr().String(), listen()
+	nobody := gone.Addr().String()
+	gone.Close()
+
+	check := func(cfg config.Config) map[string]int {
+		t.Helper()
+		got := make(map[string]int)
+		for _, f := range checkConfig(t.Context(), cfg) {
+			if f.Detail == "" || (f.Do == "") != (f.State == checkOK) {
+				t.Errorf("%+v: every line says what it is, and those that are not ok what to do", f)
+			}
+			got[f.Check+" "+f.State]++
+		}
+		return got
+	}
+	same := func(what string, got, want map[string]int) {
+		t.Helper()
+		if !maps.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", what, got, want)
+		}
+	}
+	same("nothing is there", check(config.Config{
+		Devices:  []config.Device{{Name: "nosuchwg0"}, {Name: "wg0", Netns: "wgroam-test-no-such"}},
+		StateDir: filepath.Join(file, "state"), MetricsListen: taken,
+		NATS: config.NATS{Listen: taken, Peers: []string{nobody}, Creds: filepath.Join(dir, "none")},
+	}), map[string]int{
+		"device fail": 2, "snapshot warn": 1, "metrics fail": 1,
+		"feed fail": 2, // the address, and the file
+		"feed warn": 1, // the other node
+	})
+	same("all is there", check(config.Config{
+		StateDir: filepath.Join(dir, "not", "yet"), MetricsListen: nobody,
+		NATS: config.NATS{Listen: "127.0.0.1:0", Peers: []string{taken}, Creds: file},
+	}), map[string]int{"snapshot ok": 1, "metrics ok": 1, "feed ok": 3})
+	if _, err := os.Stat(filepath.Join(dir, "not")); err == nil {
+		t.Error("it made the directory")
+	}
+}
