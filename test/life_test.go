@@ -373,7 +373,10 @@ func (v *life) rename() error {
 	return gw.LinkUp()
 }
 
+// port changes where a gateway listens for a moment. A client that hears from there
+// sends there from then on.
 func (v *life) port() error {
+	v.forgotten()
 	gw := v.gateway()
 	for _, port := range []int{lab.ListenPort + 1 + v.rng.IntN(100), lab.ListenPort} {
 		if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{ListenPort: &port}); err != nil {
