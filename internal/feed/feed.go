@@ -113,6 +113,7 @@ type Link struct {
 	count   counters
 	clash   limiter
 	refused limiter
+	newer   sync.Once
 	denied  limiter
 	slow    limiter
 
@@ -490,6 +491,11 @@ func (l *Link) refuse(c *conn, subject string, err error) {
 		why = errMalformed
 	}
 	l.count.refused[why].Add(1)
+	if why == errVersion {
+		l.newer.Do(func() {
+			l.log.Error("a node of the group runs a later version of wgroam, whose frames this one cannot read: upgrade this one, too", "conn", c.name, "subject", subject)
+		})
+	}
 	if l.refused.allow(time.Now()) {
 		l.log.Warn("refused a message on the feed; the counters have the rest", "conn", c.name, "subject", subject, "reason", why)
 	}

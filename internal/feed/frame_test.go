@@ -64,7 +64,7 @@ func samples(k Keys) []sample {
 	prefix := "wgroam.v1." + k.Group() + "."
 	inbox := prefix + "r." + testNode.String() + ".x"
 	bind := bytes.Repeat([]byte{7}, bindSize)
-	beat := Beat{Name: "gw-a", Time: time.Unix(1700000000, 0), Role: RoleActive, Records: 3}
+	beat := Beat{Number: 1, Name: "gw-a", Time: time.Unix(1700000000, 0), Role: RoleActive, Records: 3}
 	one := appendRecords(nil, testRecords(1))
 	list := []sample{
 		{name: "update", kind: kindUpdate, subject: prefix + "u." + testNode.String()},
