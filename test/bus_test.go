@@ -5,11 +5,16 @@ package test
 import (
 	"bytes"
 	"context"
+	"encoding/base32"
+	"encoding/base64"
+	be "encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -99,7 +104,7 @@ func TestBus(t *testing.T) {
 
 	// Everything that is said, with the reply subjects.
 	var rec recorder
-	sub, err := nc.Subscribe("wgroam.>", rec.add)
+	sub, err := nc.Subscribe(">", rec.add)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,8 +133,19 @@ func TestBus(t *testing.T) {
 		ping(t, c)
 		ep := roam(t, c, i)
 		awaitEndpoint(t, h, c, ep)
-		secrets = append(secrets, bytes.Clone(keyBytes(c.Key())), ep.Addr().AsSlice(), []byte(ep.Addr().String()), []byte(c.Key().String()))
+		secrets = append(secrets, spellings(c.Key(), ep)...)
+		plain := observed(t, c, ep, 1)
+		for _, s := range []string{c.Key().String(), ep.String(), string(plain)} {
+			if !slices.ContainsFunc(secrets, func(secret []byte) bool { return strings.Contains(s, string(secret)) }) {
+				t.Fatalf("a secret in clear is not found in %q", s)
+			}
+		}
 	}
+	dev, err := h.WG().Device(h.Device())
+	if err != nil {
+		t.Fatal(err)
+	}
+	secrets = append(secrets, written(dev.PrivateKey[:])...)
 
 	group := nodes[0].status().Group
 	if other := nodes[2].status().Group; other == group {
@@ -148,15 +164,15 @@ func TestBus(t *testing.T) {
 				strangers = append(strangers, m)
 			}
 		}
-		return kinds["u"] && kinds["b"] && len(strangers) > 0, fmt.Sprint(kinds, len(strangers))
+		return kinds["u"] && kinds["b"] && kinds["q"] && kinds["r"] && len(strangers) > 0, fmt.Sprint(kinds, len(strangers))
 	})
 	if err := sub.Unsubscribe(); err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range members {
 		for _, s := range secrets {
-			if bytes.Contains(m.Data, s) || strings.Contains(m.Subject, string(s)) {
-				t.Errorf("a peer's key or address is to be read in a message on %s", m.Subject)
+			if bytes.Contains(m.Data, s) || strings.Contains(m.Subject, string(s)) || strings.Contains(m.Reply, string(s)) {
+				t.Errorf("%q, of a key or an address, is to be read in a message on %s", s, m.Subject)
 			}
 		}
 	}
@@ -285,4 +301,34 @@ func TestEmbeddedServer(t *testing.T) {
 	nc.Close()
 }
 
-func keyBytes(k wgroam.Key) []byte { return k[:] }
+// spellings returns a peer's key and endpoint in all ways to write them. Four bytes
+// of an address alone would turn up in noise, sooner or later.
+func spellings(k wgroam.Key, ep netip.AddrPort) [][]byte {
+	addr, mapped := ep.Addr().AsSlice(), ep.Addr().As16()
+	port := be.BigEndian.AppendUint16(nil, ep.Port())
+	out := append(written(k[:]), []byte(ep.Addr().String()))
+	out = append(out, written(mapped[:])...)
+	for _, port := range [][]byte{port, {port[1], port[0]}} {
+		out = append(out, written(slices.Concat(addr, port))...)
+		out = append(out, written(slices.Concat(port, addr))...)
+	}
+	return out
+}
+
+// written returns bytes as they are, and as text, in both orders.
+func written(b []byte) [][]byte {
+	back := bytes.Clone(b)
+	slices.Reverse(back)
+	var out [][]byte
+	for _, b := range [][]byte{b, back} {
+		out = append(out, b)
+		for _, s := range []string{
+			hex.EncodeToString(b), strings.ToUpper(hex.EncodeToString(b)),
+			base64.RawStdEncoding.EncodeToString(b), base64.RawURLEncoding.EncodeToString(b),
+			base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(b),
+		} {
+			out = append(out, []byte(s))
+		}
+	}
+	return out
+}

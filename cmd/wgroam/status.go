@@ -237,9 +237,16 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 	}
 	for _, why := range slices.Sorted(maps.Keys(d.Feed.Refused)) {
 		if n := d.Feed.Refused[why]; n > 0 {
-			fmt.Fprintf(w, "  refused\t%d (%s)\n", n, why)
+			fmt.Fprintf(w, "  refused\t%d (%s)\n", n, withReason(why, remedies[why]))
 		}
 	}
+}
+
+// remedies say what to do about refused frames, where something can be done.
+var remedies = map[string]string{
+	"version":    "another node runs a later version of wgroam: upgrade this one",
+	"name_clash": "another node goes by this one's name: give each its own",
+	"skew":       "a clock is wrong: keep all nodes on NTP",
 }
 
 func withReason(state, reason string) string {
