@@ -119,6 +119,11 @@ func (c *Clock) Ahead(now time.Time) bool {
 
 // Rewind makes stamps follow the wall clock again after it has been set back to
 // now: others would refuse those that go on from where it was.
+//
+// What was stamped no further ahead than they permit they have taken, or still
+// will. The next stamp must be newer than that, or an observation of a peer loses
+// to an earlier one of this node. So stamps go on from there, and are ahead until
+// the wall clock is.
 func (c *Clock) Rewind(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

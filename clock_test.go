@@ -219,6 +219,19 @@ func TestClockSetBack(t *testing.T) {
 		t.Error("still ahead")
 	}
 
+	// What the others took while the clock was ahead does not win over what
+	// comes now.
+	edge := NewClock(skew)
+	taken := edge.Stamp(right.Add(skew))
+	if err := other.Merge(taken, right); err != nil {
+		t.Fatal(err)
+	}
+	edge.Stamp(ahead)
+	edge.Rewind(right)
+	if next := edge.Stamp(right); next <= taken || other.Merge(next, right) != nil {
+		t.Errorf("stamp %v after %v", next.Time(), taken.Time())
+	}
+
 	// A step that others do not mind.
 	small := NewClock(skew)
 	first := small.Stamp(right.Add(skew / 2))

@@ -325,7 +325,12 @@ func (m *Merger) Run(ctx context.Context) {
 // rewind takes back what was stamped with a wall clock that was ahead and has been
 // set back by step. The others have refused it, and would go on to; here it
 // would win over all that is seen until the clock is there again. Our own
-// observations stay, with the times that the clock should have shown.
+// observations stay, with the times that the clock should have shown, for nobody
+// else may have them.
+//
+// If the clock was set ahead and back since the last look, step is too small for
+// what was stamped in between. That is dated now, too late by no more than the time
+// between two looks.
 func (m *Merger) rewind(step time.Duration, now time.Time) {
 	m.cfg.Clock.Rewind(now)
 	limit := wgroam.HLCAt(now.Add(m.cfg.Clock.MaxSkew()))

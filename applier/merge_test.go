@@ -808,6 +808,12 @@ func TestRewind(t *testing.T) {
 	if _, ok := m.cfg.Table.Get(key(3)); !ok {
 		t.Error("another's of now is gone")
 	}
+	// Set ahead and back again between two looks, which saw less of a step.
+	m.cfg.Table.Merge(stamped(4, self, ahead))
+	m.rewind(59*time.Minute, now)
+	if r, ok := m.cfg.Table.Get(key(4)); !ok || r.Version.HLC != wgroam.HLCAt(now) {
+		t.Errorf("what was seen between two steps of the clock became %+v, %v", r, ok)
+	}
 	// The peer has been seen elsewhere since.
 	m.Update(update(1, 1, stamped(1, other, now.Add(-time.Second))))
 	if r, _ := m.cfg.Table.Get(key(1)); r.Version.Node != other {
