@@ -7,13 +7,14 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"runtime"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
+
+	"github.com/wgroam/wgroam/internal/thread"
 )
 
 // namespace is a network namespace with open netlink sockets in it. It has no
@@ -40,7 +41,7 @@ func newNamespace(name string) (*namespace, error) {
 		gone:   make(chan struct{}),
 	}
 	ready := make(chan error)
-	goThread(func() {
+	thread.Go(func() {
 		defer close(n.gone)
 		var err error
 		n.handle, err = netns.New()
@@ -115,27 +116,14 @@ func (n *namespace) close() error {
 func (n *namespace) do(f func() error) error {
 	err := errors.New("the function ended its goroutine")
 	done := make(chan struct{})
-	go func() {
+	thread.Go(func() {
 		defer close(done)
-		runtime.LockOSThread()
-		home, e := netns.Get()
-		if e != nil {
-			err = fmt.Errorf("open the namespace of this thread: %w", e)
-			return
-		}
-		defer home.Close()
 		if e := netns.Set(n.handle); e != nil {
 			err = fmt.Errorf("enter network namespace of %s: %w", n.name, e)
 			return
 		}
-		defer func() {
-			// A thread that cannot go home stays locked and ends with the goroutine.
-			if netns.Set(home) == nil {
-				runtime.UnlockOSThread()
-			}
-		}()
 		err = f()
-	}()
+	})
 	<-done
 	return err
 }
@@ -189,26 +177,6 @@ func (n *namespace) linkDown(name string) error {
 		return fmt.Errorf("set link %s down: %w", name, err)
 	}
 	return nil
-}
-
-// goThread runs f in a goroutine on a thread of its own, which ends with f. The
-// first thread of a process cannot end before the process does, so f never runs there.
-func goThread(f func()) {
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			f()
-			return
-		}
-		locked := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(locked)
-			f()
-		}()
-		<-locked
-		runtime.UnlockOSThread()
-	}()
 }
 
 // sysctls writes pairs of path below /proc/sys/net and value, in the namespace

@@ -25,6 +25,8 @@ import (
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgroam/wgroam/internal/thread"
 )
 
 // wgMTU leaves room for IPv6 outside on a link of 1500 bytes.
@@ -34,7 +36,7 @@ const wgMTU = 1420
 // then uses it; otherwise it runs wireguard-go in this process.
 func KernelWireGuard() bool {
 	ok := make(chan bool)
-	goThread(func() {
+	thread.Go(func() {
 		err := unix.Unshare(unix.CLONE_NEWNET)
 		if err == nil {
 			err = netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: "wg0"}})

@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
-	"runtime"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam/internal/privilege"
+	"github.com/wgroam/wgroam/internal/thread"
 )
 
 // ErrNoSpace says that there is no such network namespace, now.
@@ -125,7 +125,7 @@ func (s *Space) Do(f func() error) error {
 	}
 	err := errors.New("the function ended its goroutine")
 	done := make(chan struct{})
-	goThread(func() {
+	thread.Go(func() {
 		defer close(done)
 		if e := s.enter(); e != nil {
 			err = e
@@ -152,25 +152,4 @@ func (s *Space) enter() error {
 		return fmt.Errorf("enter network namespace %s: %w", s.name, err)
 	}
 	return nil
-}
-
-// goThread runs f in a goroutine on a thread of its own, which ends with f. The
-// first thread of a process cannot end before the process does, and is what
-// others take for the process: f never runs there.
-func goThread(f func()) {
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			f()
-			return
-		}
-		locked := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(locked)
-			f()
-		}()
-		<-locked
-		runtime.UnlockOSThread()
-	}()
 }
