@@ -340,10 +340,13 @@ static __always_inline void send_handshake(struct __sk_buff *skb, const struct p
 		/* Cannot happen: it does not fit into the packet. */
 		if (bpf_skb_load_bytes(skb, p->message, event.message, RESPONSE_MAC1))
 			return;
-		/* That no data has gone there is not to be forgotten over an older
-		 * session that had the index. */
-		bpf_map_delete_elem(&late, &peer);
-		bpf_map_update_elem(&remotes, &peer, &remote, BPF_ANY);
+		/* The index is what the initiation says, which may be a recording, with
+		 * the index of a live session written into it: data under that proves
+		 * nothing of this response. An index that comes again (boringtun's do,
+		 * after 256 handshakes) is proven by a dump. */
+		if (!bpf_map_update_elem(&remotes, &peer, &remote, BPF_NOEXIST))
+			/* What an older session under it had to say, which was forgotten. */
+			bpf_map_delete_elem(&late, &peer);
 		begin_event(&event, p, UPLINK_RESPONSE);
 		event.remote = peer.index;
 	} else {

@@ -41,7 +41,8 @@ struct uplink_event {
 	__u8 message[INITIATION_MAC1];
 };
 
-/* An index is unique within one device only. */
+/* An index of ours is unique within one device. The peers choose theirs, and may
+ * choose one that another has. */
 struct uplink_key {
 	__u32 index; /* as on the wire, read as little endian */
 	__u16 port; /* the device's UDP port, host byte order */
@@ -67,7 +68,7 @@ struct uplink_local {
 /* A session by the peer's index, which is in what we send. */
 struct uplink_remote {
 	struct uplink_address addr; /* where the newest packet went */
-	__u32 fresh; /* a response went there, and no data yet */
+	__u32 fresh; /* unknown before a response went there, and no data yet */
 	struct uplink_window moves;
 };
 

@@ -66,6 +66,28 @@ func TestUplinkForged(t *testing.T) {
 	w.wantSessions(1, 1)
 }
 
+// TestUplinkReplayed: a recorded initiation, sent from elsewhere with the index of a
+// live session in it, has us answer there. Data under that session is not what ends
+// its handshake.
+func TestUplinkReplayed(t *testing.T) {
+	w := newWire(t)
+	w.out(far(1), data(20)) // we began
+	w.want(UplinkEvent{Kind: UplinkUnknown, Remote: 20, Addr: far(1)})
+	w.out(far(6), response(11, 20))
+	w.out(far(6), data(20))
+	w.out(far(1), data(20))
+	w.want(
+		UplinkEvent{Kind: UplinkResponse, Local: 11, Remote: 20, Addr: far(6), Message: response(11, 20)[:76]},
+		UplinkEvent{Kind: UplinkMoved, Remote: 20, Addr: far(6), Old: far(1)},
+		UplinkEvent{Kind: UplinkMoved, Remote: 20, Addr: far(1), Old: far(6)},
+	)
+	// Without a move there is nothing to be seen.
+	w.out(far(1), response(12, 20))
+	w.out(far(1), data(20))
+	w.want(UplinkEvent{Kind: UplinkResponse, Local: 12, Remote: 20, Addr: far(1), Message: response(12, 20)[:76]})
+	w.wantSessions(2, 1)
+}
+
 // session reads a session by our index.
 func (w *wire) session(local uint32) uplinkUplinkLocal {
 	w.t.Helper()

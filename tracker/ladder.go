@@ -105,7 +105,7 @@ func (t *Tracker) climbPort() (other bool) {
 		return false
 	}
 	t.mu.Lock()
-	t.sessions, t.unnamed, t.hinted = newSessions(), nil, 0
+	t.sessions, t.unnamed, t.hinted, t.since = newSessions(), nil, 0, time.Now()
 	t.mu.Unlock()
 	t.ladder.tap, t.ladder.portErr = t.cfg.Port.follow(t.cfg.Space, t.ladder.port, t.ladder.peerCount,
 		&portSubscriber{t.uplinkEvent, t.uplinkLost, t.breaks})
@@ -115,7 +115,7 @@ func (t *Tracker) climbPort() (other bool) {
 	}
 	t.ladder.suppressed = 0
 	t.mu.Lock()
-	t.since = time.Now()
+	t.since = time.Now() // from now on all is heard, and all before was young
 	t.mu.Unlock()
 	t.choose(RungPort)
 	return true

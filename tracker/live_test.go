@@ -204,7 +204,9 @@ func startAt(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration,
 	}
 	if !young {
 		// As if all sessions had begun since: nothing is polled any more.
+		v.Tracker.mu.Lock()
 		v.since = time.Now().Add(-rejectAfter)
+		v.Tracker.mu.Unlock()
 	}
 	v.run()
 	return v

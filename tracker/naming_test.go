@@ -100,7 +100,7 @@ func FuzzMAC1(f *testing.F) {
 func BenchmarkName(b *testing.B) {
 	f := newFed(b, RungPort)
 	for i := range 10_000 {
-		f.peers[wgroam.Key{1: byte(i), 2: byte(i >> 8)}] = &peer{endpoint: at(i)}
+		f.places.move(f.add(wgroam.Key{1: byte(i), 2: byte(i >> 8)}), at(i))
 	}
 	message := handshake(b, bob, responseSize)
 	f.nameOf(message, none, true) // makes the keys

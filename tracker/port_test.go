@@ -320,6 +320,73 @@ func TestPortReplay(t *testing.T) {
 	})
 }
 
+// TestPortReplayLive: a recorded initiation is sent to a device that has only ever
+// begun sessions with the peer, with the index of the live session written into it,
+// which its MAC lets anybody do. The device answers there, and sends its data of that
+// session there: no proof.
+func TestPortReplayLive(t *testing.T) {
+	eachDevice(t, func(t *testing.T, cfg lab.Config) {
+		l := newLab(t, cfg)
+		gw, c := l.Gateways[0], l.Clients[0]
+		tap := tapOf(t, gw)
+		reach(t, c)
+		initiation := tap.next(device.MessageInitiationType)
+		peers, err := gw.Peers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range []wgtypes.PeerConfig{
+			{PublicKey: peers[0].PublicKey, Remove: true},
+			{PublicKey: peers[0].PublicKey, AllowedIPs: peers[0].AllowedIPs, Endpoint: net.UDPAddrFromAddrPort(c.Endpoint())},
+		} {
+			if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{Peers: []wgtypes.PeerConfig{p}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		v := start(t, gw, ported(t))
+		tell(t, gw, c)
+		response := tap.next(device.MessageResponseType)
+		await(t, "a session that the gateway began", func() bool {
+			peers, err := gw.Peers()
+			return err == nil && !peers[0].LastHandshakeTime.IsZero()
+		})
+		tell(t, gw, c) // under it
+
+		copy(initiation[4:8], response[4:8])
+		var g device.CookieGenerator
+		g.Init(device.NoisePublicKey(l.PublicKey()))
+		clear(initiation[116:])
+		g.AddMacs(initiation)
+		conn, forged := attacker(t, l.Gateways[1])
+		send(t, conn, initiation)
+		if h := v.awaitAt(c, forged); h.Cause != wgroam.CauseInitiation {
+			t.Errorf("the view has %+v", h)
+		}
+		for range 3 {
+			tell(t, gw, c) // to where the attacker is
+			n := v.Status().Resyncs
+			v.wantDump()
+			await(t, "a dump", func() bool { return v.Status().Resyncs > n })
+		}
+		_, proven := v.said()
+		for _, o := range proven {
+			if o.New == forged {
+				t.Errorf("the replay is proven: %+v", o)
+			}
+		}
+		// The peer itself, from elsewhere.
+		ep, err := c.RoamPort()
+		if err == nil {
+			err = c.Forget()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		reach(t, c)
+		v.provenAt(c, ep)
+	})
+}
+
 // forge returns messages that somebody can make who has heard the tunnel: of all
 // types, of right and wrong sizes, with our index in use and with others.
 func forge(gateway wgroam.Key, genuine []byte) [][]byte {

@@ -59,3 +59,56 @@ func TestSessions(t *testing.T) {
 		})
 	})
 }
+
+// TestSessionsShared: an index that several peers have chosen is nobody's, until none
+// of them has it.
+func TestSessionsShared(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s := newSessions()
+		has := make(map[wgroam.Key][]uint32) // the newest first
+		was := make(map[uint32]bool)         // shared since the last time that nobody had it
+		keys := rapid.Custom(func(t *rapid.T) wgroam.Key { return wgroam.Key{1 + rapid.Byte().Draw(t, "key")%3} })
+		owners := func(i uint32) (n int) {
+			for _, list := range has {
+				if slices.Contains(list, i) {
+					n++
+				}
+			}
+			return n
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"add": func(t *rapid.T) {
+				k, i := keys.Draw(t, "peer"), rapid.Uint32Range(0, 9).Draw(t, "index")
+				known := slices.Contains(has[k], i)
+				if !known {
+					has[k] = append([]uint32{i}, has[k]...)
+					has[k] = has[k][:min(len(has[k]), keep)]
+				}
+				if news := s.addRemote(k, i); news != (!known && owners(i) == 1 && !was[i]) {
+					t.Fatalf("news: %v", news)
+				}
+			},
+			"forget": func(t *rapid.T) {
+				k := keys.Draw(t, "peer")
+				s.forget(k)
+				delete(has, k)
+			},
+			"": func(t *rapid.T) {
+				for i := range uint32(10) {
+					n := owners(i)
+					was[i] = n > 1 || n == 1 && was[i]
+					k, ok := s.remote[i]
+					if ok != (n == 1 && !was[i]) || ok && !slices.Contains(has[k], i) {
+						t.Fatalf("%d is of %v (%v), %d peers have it, shared: %v", i, k, ok, n, was[i])
+					}
+					if (s.shared[i] > 0) != was[i] {
+						t.Fatalf("%d is shared by %d, want %v", i, s.shared[i], was[i])
+					}
+				}
+				if len(s.remote)+len(s.shared) > 10 {
+					t.Fatalf("%d indexes", len(s.remote)+len(s.shared))
+				}
+			},
+		})
+	})
+}

@@ -99,6 +99,7 @@ type Tracker struct {
 	status Status
 	key    wgroam.Key
 	peers  map[wgroam.Key]*peer
+	places places
 	dumped time.Duration // CLOCK_BOOTTIME, when the newest dump began
 
 	// On the rung port.
@@ -112,10 +113,15 @@ type Tracker struct {
 // peer is what the tracker remembers of a peer, to put events and dumps into
 // one order.
 type peer struct {
-	endpoint netip.AddrPort
-	boot     time.Duration // of the newest event
+	key        wgroam.Key
+	endpoint   netip.AddrPort // changed by places alone
+	prev, next *peer          // of those at the same endpoint
+	boot       time.Duration  // of the newest event
 	// pending is the newest observation while it is not proven; nil if it is.
 	pending *wgroam.Observation
+	// awaited is the peer's index of the session that would prove it; nil where the
+	// index may also be another session's.
+	awaited *uint32
 	// confirmed is the newest end of a handshake, and where the peer was then. The
 	// event of its beginning can come later, when it was held back.
 	confirmed   time.Duration
@@ -142,7 +148,15 @@ func New(cfg Config) *Tracker {
 		pace:   pace{least: resyncDelay},
 		status: Status{Rung: RungNone},
 		peers:  make(map[wgroam.Key]*peer),
+		places: make(places),
 	}
+}
+
+// add is called with t.mu held.
+func (t *Tracker) add(k wgroam.Key) *peer {
+	p := &peer{key: k}
+	t.peers[k] = p
+	return p
 }
 
 // Status returns a copy of the current status.
@@ -264,8 +278,8 @@ func (t *Tracker) event(e bpf.Event) (news bool) {
 		return false
 	}
 	if p == nil {
-		p = &peer{endpoint: e.Old}
-		t.peers[e.Peer] = p
+		p = t.add(e.Peer)
+		t.places.move(p, e.Old)
 	}
 	if e.Boot <= p.boot {
 		// Known from the map already, or two CPUs put theirs into the ring in the
@@ -282,7 +296,7 @@ func (t *Tracker) event(e bpf.Event) (news bool) {
 		return true
 	}
 	old := p.endpoint
-	p.endpoint = e.New
+	t.places.move(p, e.New)
 	t.status.Events++
 	t.tell(p, wgroam.Observation{
 		Peer: e.Peer, Old: old, New: e.New, Cause: e.Cause,
@@ -335,7 +349,7 @@ func (t *Tracker) wantDump() {
 func (t *Tracker) tell(p *peer, o wgroam.Observation) {
 	t.cfg.View.Set(o.Peer, wgroam.Holding{Endpoint: o.New, Cause: o.Cause, At: o.At})
 	t.cfg.Changed(o)
-	p.pending = nil
+	p.pending, p.awaited = nil, nil
 	switch {
 	case o.Cause == wgroam.CauseInitiation:
 		p.pending = &o
@@ -346,7 +360,7 @@ func (t *Tracker) tell(p *peer, o wgroam.Observation) {
 
 func (t *Tracker) prove(p *peer) {
 	o := *p.pending
-	p.pending = nil
+	p.pending, p.awaited = nil, nil
 	t.cfg.Proven(o)
 }
 
@@ -412,8 +426,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		present[dp.Key] = true
 		p, known := t.peers[dp.Key]
 		if !known {
-			p = &peer{}
-			t.peers[dp.Key] = p
+			p = t.add(dp.Key)
 		}
 		if dp.Received < p.received {
 			p.received, p.earlier = 0, 0 // removed and added again
@@ -450,7 +463,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		if seen && held.Endpoint == dp.Endpoint {
 			// Nothing new, or what the applier has just written: with polling,
 			// the View is the first to know.
-			p.endpoint = dp.Endpoint
+			t.places.move(p, dp.Endpoint)
 			continue
 		}
 		if seen && (!moved || unhooked) && held.Cause == wgroam.CauseConfig && now.Sub(held.At) < settle {
@@ -495,7 +508,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			continue
 		}
 		o := wgroam.Observation{Peer: dp.Key, Old: p.endpoint, New: dp.Endpoint}
-		p.endpoint = dp.Endpoint
+		t.places.move(p, dp.Endpoint)
 		switch {
 		case !dp.Endpoint.IsValid():
 			// A peer without an endpoint: new, or removed and added again.
@@ -539,6 +552,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			p.missing = true
 			t.wantDump()
 		default:
+			t.places.move(p, netip.AddrPort{})
 			delete(t.peers, k)
 			if onPort {
 				t.sessions.forget(k)

@@ -103,24 +103,35 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 			t.expect(k, e.Addr)
 			return
 		}
-		t.sessions.addRemote(k, e.Remote)
+		// The index may be that of an older session, put there by somebody who
+		// repeats an initiation. Or that session is older than we are.
+		news := t.sessions.addRemote(k, e.Remote) && !t.young()
 		t.went(k, e, wgroam.CauseInitiation, at)
+		if p := t.peers[k]; news && p.pending != nil && p.pending.New == e.Addr {
+			p.awaited = &e.Remote
+		}
 	case bpf.UplinkUnknown:
 		// Of a session that is older than we are, or that a peer has agreed to.
-		if k, ok := t.only(e.Addr); ok {
-			t.sessions.addRemote(k, e.Remote)
+		k, ok := t.ownerOf(e.Remote, e.Addr)
+		if !ok || t.peers[k] == nil {
+			t.wantDump()
 			return
 		}
-		t.wantDump()
+		t.sessions.addRemote(k, e.Remote)
+		t.expect(k, e.Addr)
 	case bpf.UplinkMoved:
-		k, ok := t.sessions.remote[e.Remote]
-		if !ok {
-			if k, ok = t.only(e.Old); ok {
-				t.sessions.addRemote(k, e.Remote)
-			}
-		}
+		k, ok := t.ownerOf(e.Remote, e.Old)
 		p := t.peers[k]
 		if !ok || p == nil {
+			t.wantDump()
+			return
+		}
+		t.sessions.addRemote(k, e.Remote)
+		if t.places.others(k, e.Addr) {
+			// Who is there may have chosen the same index, in an answer to us.
+			if other, ok := t.places.only(e.Addr); ok {
+				t.sessions.addRemote(other, e.Remote)
+			}
 			t.wantDump()
 			return
 		}
@@ -131,10 +142,17 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 		t.expect(k, e.Addr)
 	case bpf.UplinkConfirmed:
 		// WireGuard sends nothing under a response's session before it has had an
-		// answer under it, and with that the end of the handshake.
+		// answer under it, and with that the end of the handshake. Under what else
+		// has the index it may: then the time of the handshake in a dump is to say it.
 		k, ok := t.sessions.remote[e.Remote]
-		if p := t.peers[k]; ok && p != nil && p.pending != nil && p.pending.New == e.Addr && t.sessions.newestRemote(k, e.Remote) {
+		switch p := t.peers[k]; {
+		case !ok || p == nil:
+			t.wantDump()
+		case p.pending == nil || p.pending.New != e.Addr:
+		case p.awaited != nil && *p.awaited == e.Remote:
 			t.prove(p)
+		default:
+			t.wantDump()
 		}
 	case bpf.UplinkHint:
 		k, ok := t.sessions.local[e.Local]
@@ -158,37 +176,38 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 // nameOf returns the peer that a handshake message to addr was made for: one that
 // is known to be there or, with all, any. To try a peer takes a microsecond.
 func (t *Tracker) nameOf(message []byte, addr netip.AddrPort, all bool) (wgroam.Key, bool) {
-	made := func(k wgroam.Key, p *peer) bool {
+	made := func(p *peer) bool {
 		if p.mac1.h == nil {
-			p.mac1 = newMAC1(k)
+			p.mac1 = newMAC1(p.key)
 		}
 		return p.mac1.made(message)
 	}
-	for k, p := range t.peers {
-		if p.endpoint == addr && made(k, p) {
-			return k, true
+	for p := t.places[addr]; p != nil; p = p.next {
+		if made(p) {
+			return p.key, true
 		}
 	}
+	if !all {
+		return wgroam.Key{}, false
+	}
 	for k, p := range t.peers {
-		if all && p.endpoint != addr && made(k, p) {
+		if p.endpoint != addr && made(p) {
 			return k, true
 		}
 	}
 	return wgroam.Key{}, false
 }
 
-// only returns the peer whose endpoint addr is, if there is no other.
-func (t *Tracker) only(addr netip.AddrPort) (k wgroam.Key, ok bool) {
-	for key, p := range t.peers {
-		switch {
-		case p.endpoint != addr:
-		case ok:
-			return wgroam.Key{}, false
-		default:
-			k, ok = key, true
-		}
+// ownerOf returns the peer that has an index, or if none is known to have it the
+// only one that was at an address. ok is false if it is not clear which one that is.
+func (t *Tracker) ownerOf(remote uint32, was netip.AddrPort) (k wgroam.Key, ok bool) {
+	if t.sessions.shared[remote] > 0 {
+		return wgroam.Key{}, false
 	}
-	return k, ok
+	if k, ok = t.sessions.remote[remote]; ok {
+		return k, true
+	}
+	return t.places.only(was)
 }
 
 // expect has the device read unless it is known to have an endpoint.
@@ -196,7 +215,7 @@ func (t *Tracker) expect(k wgroam.Key, addr netip.AddrPort) {
 	if held, _ := t.cfg.View.Get(k); held.Endpoint != addr {
 		t.wantDump()
 	} else {
-		t.peers[k].endpoint = addr // what the applier has written, maybe
+		t.places.move(t.peers[k], addr) // what the applier has written, maybe
 	}
 }
 
@@ -212,7 +231,8 @@ func (t *Tracker) went(k wgroam.Key, e bpf.UplinkEvent, cause wgroam.Cause, at t
 		}
 		return
 	}
-	p.boot, p.endpoint = e.Boot, e.Addr
+	p.boot = e.Boot
+	t.places.move(p, e.Addr)
 	if held.Endpoint == e.Addr {
 		return
 	}

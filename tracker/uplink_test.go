@@ -123,7 +123,66 @@ func TestUplink(t *testing.T) {
 				f.moved(110, 20, 1, 2)
 				f.data(111, bpf.UplinkConfirmed, 20, 2)
 			},
-			changed: moved(2, wgroam.CauseInitiation),
+			changed: moved(2, wgroam.CauseInitiation), dump: true,
+		},
+		"a response under the index of her session, and data": {
+			feed: func(f *fed) {
+				f.responded(100, alice, 12, 20, 2)
+				f.data(110, bpf.UplinkConfirmed, 20, 2)
+			},
+			changed: moved(2, wgroam.CauseInitiation), dump: true,
+		},
+		"a response under the index of Bob's session, and data": {
+			feed: func(f *fed) {
+				f.responded(50, bob, 11, 22, 8)
+				f.responded(100, alice, 12, 22, 2)
+				f.data(110, bpf.UplinkConfirmed, 22, 2)
+			},
+			changed: moved(2, wgroam.CauseInitiation), dump: true,
+		},
+		"a response when there may be older sessions, and data": {
+			feed: func(f *fed) {
+				f.since = f.wall
+				f.responded(100, alice, 12, 23, 2)
+				f.data(110, bpf.UplinkConfirmed, 23, 2)
+			},
+			changed: moved(2, wgroam.CauseInitiation), dump: true,
+		},
+		"a response, another one, and data under its session": {
+			feed: func(f *fed) {
+				f.responded(100, alice, 12, 23, 2)
+				f.responded(200, alice, 13, 24, 2)
+				f.data(210, bpf.UplinkConfirmed, 24, 2)
+			},
+			changed: moved(2, wgroam.CauseInitiation), proven: true,
+		},
+		"Bob takes her index, and has hints; she moves": {
+			feed: func(f *fed) {
+				f.responded(50, bob, 11, 20, 8)
+				f.hinted(100, 11, 2)
+				f.moved(110, 20, 1, 2)
+			},
+			dump: true,
+		},
+		"Bob takes her index, and moves; she is hinted at": {
+			feed: func(f *fed) {
+				f.responded(50, bob, 11, 20, 8)
+				f.hinted(100, 10, 2)
+				f.moved(110, 20, 8, 2)
+			},
+			dump: true,
+		},
+		"Bob answers with her index, and moves; she is hinted at": {
+			feed: func(f *fed) {
+				f.moved(50, 20, 1, 8)
+				f.hinted(100, 10, 2)
+				f.moved(110, 20, 8, 2)
+			},
+			dump: true,
+		},
+		"data under her index, which the kernel had forgotten, to elsewhere": {
+			feed: func(f *fed) { f.data(100, bpf.UplinkUnknown, 20, 2) },
+			dump: true,
 		},
 		"a response, and something forged": {
 			feed: func(f *fed) {
