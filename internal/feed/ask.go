@@ -23,8 +23,9 @@ var ErrNoAnswer = errors.New("no node has answered")
 const (
 	// answerWait is how long the first chunk of an answer may take.
 	answerWait = 250 * time.Millisecond
-	// chunkWait is how long a later chunk may take.
-	chunkWait = 2 * time.Second
+	// chunkWait is how long a later chunk may take. What came before it is not lost
+	// when it does not come: the next request is about the rest.
+	chunkWait = 500 * time.Millisecond
 	// maxHeard bounds the memory of other nodes.
 	maxHeard = 256
 )
