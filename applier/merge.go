@@ -55,7 +55,9 @@ type MergerConfig struct {
 	// Merged, if set, is told how long the records of an update took from the
 	// connection into the Table. It must not block.
 	Merged func(time.Duration)
-	Log    *slog.Logger
+	// Now is the clock of this host; nil is time.Now.
+	Now func() time.Time
+	Log *slog.Logger
 }
 
 // NodeState says how a node's table stands to ours.
@@ -118,6 +120,9 @@ type node struct {
 	// The digests around an answer that had nothing new: while they stay the
 	// same, asking again gives the same answer.
 	futile [2]uint64
+	// Or until this host's clock shows that time, when what was refused in it as
+	// from the future is so no more; zero for an answer without such.
+	welcome time.Time
 
 	skews  [16]time.Duration // of the newest beats, in no order
 	beats  int
@@ -136,6 +141,9 @@ func (n *node) skew() time.Duration {
 // NewMerger returns a Merger. Update, Beat and Up are to be registered with the
 // feed, and Run to be called.
 func NewMerger(cfg MergerConfig) *Merger {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
 	return &Merger{
 		cfg:     cfg,
 		kick:    make(chan struct{}, 1),
@@ -148,7 +156,7 @@ func NewMerger(cfg MergerConfig) *Merger {
 func (m *Merger) Update(u feed.Update) {
 	came := time.Now()
 	for _, r := range u.Records {
-		m.merge(r, time.Now())
+		m.merge(r, m.cfg.Now())
 	}
 	if m.cfg.Merged != nil {
 		m.cfg.Merged(time.Since(came))
@@ -168,7 +176,7 @@ func (m *Merger) Update(u feed.Update) {
 
 // Restore takes the records that this node had when it ended.
 func (m *Merger) Restore(records []wgroam.Record) {
-	now := time.Now()
+	now := m.cfg.Now()
 	for _, r := range records {
 		m.merge(r, now)
 	}
@@ -177,7 +185,7 @@ func (m *Merger) Restore(records []wgroam.Record) {
 // Beat takes a beat of another node. It does not block.
 func (m *Merger) Beat(b feed.Beat) {
 	digests := m.cfg.Table.Digests()
-	ours, now := digests.Sum(), time.Now()
+	ours, now := digests.Sum(), m.cfg.Now()
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -210,7 +218,8 @@ func (m *Merger) Beat(b feed.Beat) {
 	if n.differs.IsZero() {
 		n.differs = now
 	}
-	if n.futile == [2]uint64{ours, b.Digest} && now.Sub(n.asked) < futileFor {
+	if n.futile == [2]uint64{ours, b.Digest} && now.Sub(n.asked) < futileFor &&
+		(n.welcome.IsZero() || now.Before(n.welcome)) {
 		return
 	}
 	// Digests of tables in motion always differ. They mean something when
@@ -260,35 +269,39 @@ func (m *Merger) warnSkew(n *node) {
 	n.skewed = bad
 }
 
-// merge takes one record into the Table, if it makes sense.
-func (m *Merger) merge(r wgroam.Record, now time.Time) {
+// merge takes one record into the Table, if it makes sense. Of one from the
+// future it returns when it is so no more.
+func (m *Merger) merge(r wgroam.Record, now time.Time) (welcome time.Time) {
 	err := wgroam.CheckEndpoint(r.Endpoint)
 	if err != nil || slices.Contains(m.cfg.VIP, r.Endpoint.Addr()) {
 		m.refuse("endpoint")
-		return
+		return welcome
 	}
 	held, ours := m.cfg.View.Get(r.Peer)
 	current, known := m.cfg.Table.Get(r.Peer)
 	if known && r.Version.Compare(current.Version) < 0 {
-		return // old news, often a repetition
+		return welcome // old news, often a repetition
 	}
 	if !ours && !known && m.cfg.Table.Len() >= spareRecords+2*m.cfg.View.Len() {
 		m.refuse("full")
-		return
+		return welcome
 	}
 	if err := m.cfg.Clock.Merge(r.Version.HLC, now); err != nil {
 		if m.refuse("skew") == 1 {
 			m.cfg.Log.Error("refused a record from the future: keep all nodes on NTP", "node", r.Version.Node, "err", err)
 		}
-		return
+		return r.Version.HLC.Time().Add(-m.cfg.Clock.MaxSkew())
 	}
 	if r.Version.Node == m.cfg.Self && ours && held.Cause == wgroam.CauseSnapshot &&
 		held.Endpoint != r.Endpoint && now.Sub(held.At) < sessionLife && r.Version != current.Version {
 		// Our own record from before a restart comes back. The session has
-		// lived on in the kernel since, and so knows better.
-		r.Endpoint, r.Cause, r.Version.HLC = held.Endpoint, held.Cause, m.cfg.Clock.Stamp(now)
+		// lived on in the kernel since, and so knows better; but not better than
+		// who has seen the peer since.
+		r.Endpoint, r.Cause = held.Endpoint, held.Cause
+		r.Version.HLC = max(r.Version.HLC+1, min(wgroam.HLCAt(held.At), wgroam.HLCAt(now)))
 	}
 	m.cfg.Table.Merge(r)
+	return welcome
 }
 
 // refuse counts a refused record and returns how many there were.
@@ -303,12 +316,12 @@ func (m *Merger) refuse(why string) uint64 {
 func (m *Merger) Run(ctx context.Context) {
 	tick := time.NewTicker(clockCheck)
 	defer tick.Stop()
-	for last := time.Now(); ; {
+	for last := m.cfg.Now(); ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			now := time.Now()
+			now := m.cfg.Now()
 			if m.cfg.Clock.Ahead(now) {
 				m.rewind(wgroam.SetBack(last, now), now)
 			}
@@ -353,7 +366,7 @@ func (m *Merger) next() wgroam.NodeID {
 	defer m.mu.Unlock()
 	for id, n := range m.nodes {
 		if n.want {
-			n.want, n.suspect, n.asking, n.asked, n.askedAt = false, false, true, time.Now(), n.beat.Digest
+			n.want, n.suspect, n.asking, n.asked, n.askedAt = false, false, true, m.cfg.Now(), n.beat.Digest
 			return id
 		}
 	}
@@ -363,8 +376,9 @@ func (m *Merger) next() wgroam.NodeID {
 func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 	have := m.cfg.Table.Digests()
 	var (
-		got int
-		err error
+		got     int
+		err     error
+		welcome time.Time
 	)
 	for u, e := range m.cfg.Feed.Ask(ctx, id, &have) {
 		if e != nil {
@@ -372,7 +386,9 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 			break
 		}
 		for _, r := range u.Records {
-			m.merge(r, time.Now())
+			if at := m.merge(r, m.cfg.Now()); welcome.IsZero() || !at.IsZero() && at.Before(welcome) {
+				welcome = at
+			}
 		}
 		got += len(u.Records)
 	}
@@ -388,7 +404,7 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 		n.suspect = true // again at its next beat
 		switch {
 		case ctx.Err() != nil:
-		case !n.silent(time.Now()):
+		case !n.silent(m.cfg.Now()):
 			m.cfg.Log.Warn("sync failed; trying again", "node", n.beat.Name, "err", err)
 		case !n.doubted:
 			n.doubted = true
@@ -398,14 +414,14 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 	}
 	m.counted.Syncs++
 	if now == have {
-		n.futile = [2]uint64{now.Sum(), n.askedAt}
+		n.futile, n.welcome = [2]uint64{now.Sum(), n.askedAt}, welcome
 	}
 	m.cfg.Log.Debug("synced", "node", n.beat.Name, "records", got)
 }
 
 // Nodes returns the other nodes of the group, by identity.
 func (m *Merger) Nodes() []Node {
-	now := time.Now()
+	now := m.cfg.Now()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var out []Node

@@ -559,6 +559,10 @@ func TestOwnRecordComesBack(t *testing.T) {
 			if test.wantEP != r.Endpoint && got.Version.Compare(r.Version) <= 0 {
 				t.Errorf("version %+v does not win against %+v at the others", got.Version, r.Version)
 			}
+			since := wgroam.Version{HLC: wgroam.HLCAt(now.Add(-500 * time.Millisecond)), Node: other}
+			if got.Version.Compare(since) >= 0 {
+				t.Errorf("version %+v wins against what another node saw while this one was down", got.Version)
+			}
 			// It comes back from every node; the answer is given once.
 			m.Update(update(1, 2, r, r))
 			if again, _ := m.cfg.Table.Get(key(1)); again != got {

@@ -336,8 +336,12 @@ func (d *device) record(s *session, o wgroam.Observation) {
 		d.log.Warn("an endpoint that other nodes cannot use stays here", "peer", o.Peer, "err", err)
 		return
 	}
-	hlc := wgroam.HLCAt(o.At)
-	if o.Cause != wgroam.CauseSnapshot {
+	var hlc wgroam.HLC
+	if now := time.Now(); o.Cause == wgroam.CauseSnapshot {
+		// The clock may have been set back since the handshake.
+		hlc = min(wgroam.HLCAt(o.At), wgroam.HLCAt(now))
+		_ = s.clock.Merge(hlc, now) // not ahead
+	} else {
 		hlc = s.clock.Stamp(o.At)
 	}
 	s.table.Merge(wgroam.Record{
