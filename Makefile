@@ -23,7 +23,7 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 export PATH    := $(CURDIR)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-net test-vm vm-tests vm-tests-arm64 test-selftest soak lint drift bench generate deps install clean
+.PHONY: help build demo test test-unit test-model test-net test-vm vm-tests vm-tests-arm64 test-selftest soak lint drift bench generate deps install clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,10 +35,14 @@ demo: build ## Show a roam and a failover on this machine, in network namespaces
 	bin/wgroam demo
 
 test: deps ## Install what is missing and run every test there is
-	@MAKE='$(MAKE)' test/tools/ladder lint drift test-unit test-net $(KERNEL:%=test-vm-%) $(AMD64:%=test-selftest-%)
+	@MAKE='$(MAKE)' test/tools/ladder lint drift test-unit test-model test-net $(KERNEL:%=test-vm-%) $(AMD64:%=test-selftest-%)
 
 test-unit: ## Run the unit tests
 	go test -race -v -run '$(RUN)' $$(go list ./... | grep -v '/test$$')
+
+# Eight kinds of group, 12 500 schedules each; test-unit runs a hundred of each with -race.
+test-model: ## Let groups live through 100 000 random schedules of faults, in virtual time
+	go test -v -count=1 -timeout 30m -run TestSchedules ./test/model -rapid.checks=12500
 
 test-net: build ## Run the end-to-end tests in network namespaces of this machine (root)
 	go test -race -v -count=1 -run '$(RUN)' ./test

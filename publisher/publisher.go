@@ -16,10 +16,21 @@ import (
 	"github.com/wgroam/wgroam/internal/feed"
 )
 
+// Link is the part of feed.Link that a Publisher calls.
+type Link interface {
+	Self() wgroam.NodeID
+	OnRequest(func(*feed.Request))
+	OnEvent(func(feed.Event))
+	Publish([]wgroam.Record) error
+	Beat(feed.Beat) error
+	Answer(context.Context, *feed.Request, []wgroam.Record) error
+	Flush(context.Context) error
+}
+
 // Config says what to publish, and where.
 type Config struct {
 	// Link must not have been started when New is called.
-	Link  *feed.Link
+	Link  Link
 	Table *wgroam.Table
 	// Role tells what this node is, for its beats; it must not block.
 	Role func() feed.Role
