@@ -236,16 +236,23 @@ func others(l *lab.Lab, gw *lab.Gateway) []*lab.Gateway {
 
 func (n *node) status() control.DeviceStatus {
 	n.t.Helper()
+	s := n.whole()
+	if len(s.Devices) != 1 {
+		n.t.Fatalf("status has %d devices, want 1", len(s.Devices))
+	}
+	return s.Devices[0]
+}
+
+// whole returns all that the node says of itself.
+func (n *node) whole() control.Status {
+	n.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	var s control.Status
 	if err := control.Get(ctx, n.socket, control.VerbStatus, &s); err != nil {
 		n.t.Fatal(err)
 	}
-	if len(s.Devices) != 1 {
-		n.t.Fatalf("status has %d devices, want 1", len(s.Devices))
-	}
-	return s.Devices[0]
+	return s
 }
 
 // awaitRung waits until the node follows its device by that rung, for a reason

@@ -26,7 +26,7 @@ const (
 type finding struct {
 	Device string `json:"device"`          // empty: the node
 	Netns  string `json:"netns,omitempty"` // as in the status
-	Check  string `json:"check"`           // config, daemon, privilege, btf, hook, port, role, device, detector, losses, applier, snapshot, feed, metrics
+	Check  string `json:"check"`           // config, daemon, privilege, btf, hook, port, events, role, device, detector, losses, applier, snapshot, feed, metrics
 	State  string `json:"state"`           // ok, warn, fail
 	Detail string `json:"detail"`
 	Do     string `json:"do"` // what to do about it; empty when ok
@@ -114,10 +114,25 @@ func printReport(e env, report checkReport, asJSON bool) error {
 // checkStatus judges what the daemon says of itself.
 func checkStatus(s control.Status) []finding {
 	out := []finding{{Check: "daemon", State: checkOK, Detail: fmt.Sprintf("%s runs version %s", s.Node, s.Version)}}
+	if s.Events != nil {
+		out = append(out, checkEvents(*s.Events))
+	}
 	for _, d := range s.Devices {
 		out = append(out, checkDevice(d)...)
 	}
 	return out
+}
+
+func checkEvents(e control.EventsStatus) finding {
+	f := finding{Check: "events", State: checkOK, Detail: fmt.Sprintf("%s: %d published, %d dropped, %d waiting", e.Name, e.Sent, e.Dropped, e.Waiting)}
+	// The nodes do not need it, so it is no failure.
+	switch {
+	case !e.Connected:
+		f.State, f.Detail, f.Do = checkWarn, withReason(e.Name+" is not connected", e.Error), "let this host reach the NATS of [events], or correct its keys"
+	case e.Dropped > 0:
+		f.State, f.Detail, f.Do = checkWarn, withReason(f.Detail, e.Error), "keep that NATS up, and allow publish on wgroam.events.>"
+	}
+	return f
 }
 
 func checkDevice(d control.DeviceStatus) []finding {

@@ -68,3 +68,21 @@ func TestCheckStatus(t *testing.T) {
 		})
 	}
 }
+
+// TestCheckEvents: who does not hear of roams warns, and is no reason not to be ready.
+func TestCheckEvents(t *testing.T) {
+	up := control.Connection{Name: "nats://x", Connected: true}
+	for name, c := range map[string]struct {
+		events control.EventsStatus
+		state  string
+	}{
+		"fine":    {control.EventsStatus{Connection: up, Sent: 7}, checkOK},
+		"away":    {control.EventsStatus{Connection: control.Connection{Name: "nats://x", Error: "refused"}}, checkWarn},
+		"dropped": {control.EventsStatus{Connection: up, Dropped: 1}, checkWarn},
+	} {
+		got := checkStatus(control.Status{Events: &c.events})
+		if len(got) != 2 || got[1].Check != "events" || got[1].State != c.state || (got[1].Do == "") != (c.state == checkOK) {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}

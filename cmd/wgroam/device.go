@@ -17,6 +17,7 @@ import (
 	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/events"
 	"github.com/wgroam/wgroam/internal/feed"
 	"github.com/wgroam/wgroam/internal/natsd"
 	"github.com/wgroam/wgroam/internal/snapshot"
@@ -34,6 +35,7 @@ type daemon struct {
 	port    *tracker.Port
 	events  *control.Hub
 	lag     lag
+	public  *events.Publisher // nil unless roams are published for other programs
 	devices []*device
 	serving chan struct{} // closed when there is a server
 
@@ -269,10 +271,7 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 	n := d.d.cfg.NATS
 	fc := feed.Config{
 		Name: d.d.cfg.Node, Keys: keys, Peers: n.Peers,
-		External: feed.External{
-			URL: n.URL, Context: n.Context, Creds: n.Creds, NKey: n.NKey, CA: n.CA, Cert: n.Cert, Key: n.Key,
-		},
-		Log: d.log,
+		External: feed.External(n.External), Log: d.log,
 	}
 	if server != nil {
 		server.AddGroup(keys)
@@ -303,13 +302,16 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 			if isChange(o) {
 				now := time.Now()
 				reached(now.Sub(o.At))
-				e := control.NewEvent(d.cfg.Name, o, now)
-				e.Netns = d.cfg.Netns
-				d.d.events.Publish(e)
+				d.d.events.Publish(d.event(o, now))
 			}
 		},
-		Proven: func(o wgroam.Observation) { d.record(s, o) },
-		Poll:   d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
+		Proven: func(o wgroam.Observation) {
+			d.record(s, o)
+			if d.d.public != nil && isChange(o) {
+				d.d.public.Publish(keys, d.event(o, time.Now()))
+			}
+		},
+		Poll: d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
 	})
 	return nil
 }
@@ -348,6 +350,13 @@ func (d *device) record(s *session, o wgroam.Observation) {
 		Peer: o.Peer, Endpoint: o.New, Cause: o.Cause,
 		Version: wgroam.Version{HLC: hlc, Node: s.feed.Self()},
 	})
+}
+
+// event returns an observation that reached us at the time seen as others get it.
+func (d *device) event(o wgroam.Observation, seen time.Time) control.Event {
+	e := control.NewEvent(d.cfg.Name, o, seen)
+	e.Netns = d.cfg.Netns
+	return e
 }
 
 // isChange tells news from what was there when we came.

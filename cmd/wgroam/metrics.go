@@ -91,6 +91,11 @@ var (
 	stateDesc    = desc("node_state", "1 for the state of another node's table, 0 for the other states.", "node", "state")
 	ageDesc      = desc("node_age_seconds", "Time since another node was heard.", "node")
 	skewDesc     = desc("node_skew_seconds", "Clock of another node minus ours, less the least time that its heartbeats took.", "node")
+
+	// Of the node, where roams are published for other programs.
+	roamsDesc   = prometheus.NewDesc("wgroam_roams_published_total", "Roams published for other programs.", nil, nil)
+	droppedDesc = prometheus.NewDesc("wgroam_roams_dropped_total", "Roams that could not be published for other programs.", nil, nil)
+	waitingDesc = prometheus.NewDesc("wgroam_roams_waiting", "Roams that wait for the connection to be published on.", nil, nil)
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -116,14 +121,22 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, m := range metrics {
 		ch <- m.desc
 	}
-	for _, d := range []*prometheus.Desc{detectorDesc, roleDesc, alarmDesc, refusedDesc, stateDesc, ageDesc, skewDesc} {
+	for _, d := range []*prometheus.Desc{
+		detectorDesc, roleDesc, alarmDesc, refusedDesc, stateDesc, ageDesc, skewDesc, roamsDesc, droppedDesc, waitingDesc,
+	} {
 		ch <- d
 	}
 }
 
 // Collect implements prometheus.Collector.
 func (c collector) Collect(ch chan<- prometheus.Metric) {
-	for _, d := range c.d.status().Devices {
+	status := c.d.status()
+	if e := status.Events; e != nil {
+		ch <- prometheus.MustNewConstMetric(roamsDesc, prometheus.CounterValue, float64(e.Sent))
+		ch <- prometheus.MustNewConstMetric(droppedDesc, prometheus.CounterValue, float64(e.Dropped))
+		ch <- prometheus.MustNewConstMetric(waitingDesc, prometheus.GaugeValue, float64(e.Waiting))
+	}
+	for _, d := range status.Devices {
 		send := func(desc *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) {
 			ch <- prometheus.MustNewConstMetric(desc, kind, v, append([]string{d.Name, d.Netns}, labels...)...)
 		}

@@ -10,6 +10,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/wgroam/wgroam/internal/config"
+	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/events"
+	"github.com/wgroam/wgroam/internal/feed"
 	"github.com/wgroam/wgroam/tracker"
 )
 
@@ -55,5 +58,29 @@ func TestDefaults(t *testing.T) {
 	}
 	if cfg.ControlSocket != defaultSocket || cfg.Devices[0].PollInterval != defaultPoll || cfg.Devices[0].SweepInterval != defaultSweep {
 		t.Errorf("watch and run have different defaults: %+v", cfg)
+	}
+}
+
+// Who publishes roams has their numbers.
+func TestEventMetrics(t *testing.T) {
+	d := &daemon{log: slog.New(slog.DiscardHandler), public: events.New(events.Config{Node: "gw-a"})}
+	keys, err := feed.Derive([32]byte{8}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.public.Publish(keys, control.Event{})
+	want := `
+# HELP wgroam_roams_dropped_total Roams that could not be published for other programs.
+# TYPE wgroam_roams_dropped_total counter
+wgroam_roams_dropped_total 0
+# HELP wgroam_roams_published_total Roams published for other programs.
+# TYPE wgroam_roams_published_total counter
+wgroam_roams_published_total 0
+# HELP wgroam_roams_waiting Roams that wait for the connection to be published on.
+# TYPE wgroam_roams_waiting gauge
+wgroam_roams_waiting 1
+`
+	if err := testutil.CollectAndCompare(collector{d}, strings.NewReader(want)); err != nil {
+		t.Error(err)
 	}
 }

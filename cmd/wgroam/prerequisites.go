@@ -138,16 +138,22 @@ func checkConfig(ctx context.Context, cfg config.Config) []finding {
 	if cfg.MetricsListen != "" {
 		add("metrics", free(ctx, cfg.MetricsListen), checkFail, cfg.MetricsListen+" can be listened on", "free the address, or correct metrics.listen")
 	}
+	files := func(check, state, table string, n config.External) {
+		for _, path := range []string{n.Creds, n.NKey, n.CA, n.Cert, n.Key} {
+			if path == "" {
+				continue
+			}
+			f, err := os.Open(path)
+			if err == nil {
+				err = f.Close()
+			}
+			add(check, err, state, path+" can be read", "create the file, let wgroam read it, or correct its name under "+table)
+		}
+	}
 	n := cfg.NATS
-	for _, path := range []string{n.Creds, n.NKey, n.CA, n.Cert, n.Key} {
-		if path == "" {
-			continue
-		}
-		f, err := os.Open(path)
-		if err == nil {
-			err = f.Close()
-		}
-		add("feed", err, checkFail, path+" can be read", "create the file, let wgroam read it, or correct its name under nats")
+	files("feed", checkFail, "nats", n.External)
+	if cfg.Events.Enabled && cfg.Events.External != n.External {
+		files("events", checkWarn, "events", cfg.Events.External)
 	}
 	answers := make([]error, len(n.Peers))
 	var peers sync.WaitGroup

@@ -52,15 +52,17 @@ func TestCheckConfig(t *testing.T) {
 	same("nothing is there", check(config.Config{
 		Devices:  []config.Device{{Name: "nosuchwg0"}, {Name: "wg0", Netns: "wgroam-test-no-such"}},
 		StateDir: filepath.Join(file, "state"), MetricsListen: taken,
-		NATS: config.NATS{Listen: taken, Peers: []string{nobody}, Creds: filepath.Join(dir, "none")},
+		NATS:   config.NATS{Listen: taken, Peers: []string{nobody}, External: config.External{Creds: filepath.Join(dir, "none")}},
+		Events: config.Events{Enabled: true, External: config.External{NKey: filepath.Join(dir, "none")}},
 	}), map[string]int{
+		"events warn": 1,
 		"device fail": 2, "snapshot warn": 1, "metrics fail": 1,
 		"feed fail": 2, // the address, and the file
 		"feed warn": 1, // the other node
 	})
 	same("all is there", check(config.Config{
 		StateDir: filepath.Join(dir, "not", "yet"), MetricsListen: nobody,
-		NATS: config.NATS{Listen: "127.0.0.1:0", Peers: []string{taken}, Creds: file},
+		NATS: config.NATS{Listen: "127.0.0.1:0", Peers: []string{taken}, External: config.External{Creds: file}},
 	}), map[string]int{"snapshot ok": 1, "metrics ok": 1, "feed ok": 3})
 	if _, err := os.Stat(filepath.Join(dir, "not")); err == nil {
 		t.Error("it made the directory")

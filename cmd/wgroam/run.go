@@ -14,6 +14,8 @@ import (
 	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/events"
+	"github.com/wgroam/wgroam/internal/feed"
 	"github.com/wgroam/wgroam/internal/privilege"
 	"github.com/wgroam/wgroam/tracker"
 )
@@ -69,6 +71,11 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		groups:  make(map[string]string),
 		serving: make(chan struct{}),
 	}
+	if cfg.Events.Enabled {
+		d.public = events.New(events.Config{
+			Node: cfg.Node, NATS: feed.External(cfg.Events.External), Redact: cfg.Events.Redact, Log: log,
+		})
+	}
 	if cfg.NATS.Listen != "" {
 		// The other nodes' servers carry our records as well.
 		if err := d.serve(ctx); err != nil {
@@ -87,6 +94,9 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	g, ctx := errgroup.WithContext(ctx)
 	if cfg.NATS.Listen != "" {
 		g.Go(func() error { d.serveLater(ctx); return nil })
+	}
+	if d.public != nil {
+		g.Go(func() error { d.public.Run(ctx); return nil })
 	}
 	ctl, err := control.Listen(cfg.ControlSocket, control.Handler{Status: d.status, Peers: d.peers, Events: d.events, SetRole: d.setRole})
 	switch {

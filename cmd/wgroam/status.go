@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -26,6 +27,10 @@ func (d *daemon) status() control.Status {
 	}
 	for _, dev := range d.devices {
 		s.Devices = append(s.Devices, dev.status())
+	}
+	if d.public != nil {
+		e := d.public.Status()
+		s.Events = &e
 	}
 	return s
 }
@@ -179,6 +184,10 @@ func (s *session) peers(device config.Device, self string) []control.Peer {
 func statusVerb(ctx context.Context, e env, args []string) error {
 	return ask(ctx, e, "status", control.VerbStatus, args, func(s control.Status, w *tabwriter.Writer) error {
 		fmt.Fprintf(w, "node\t%s (%s), version %s, up %s\n", s.Node, s.NodeID, s.Version, time.Since(s.Started).Round(time.Second))
+		if e := s.Events; e != nil {
+			fmt.Fprintf(w, "events\t%d published, %d dropped, %d waiting\n", e.Sent, e.Dropped, e.Waiting)
+			printConnection(w, e.Connection)
+		}
 		for _, d := range s.Devices {
 			printDevice(w, d)
 		}
@@ -225,11 +234,7 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 		fmt.Fprintf(w, "  subjects\t%s\n", d.Feed.Subjects)
 	}
 	for _, c := range d.Feed.Connections {
-		state := "connected"
-		if !c.Connected {
-			state = "not connected"
-		}
-		fmt.Fprintf(w, "  %s\t%s\n", c.Name, withReason(state, c.Error))
+		printConnection(w, c)
 	}
 	for _, n := range d.Feed.Nodes {
 		fmt.Fprintf(w, "  node %s\t%s, role %s, heard %d ms ago, clock %+d ms, %d records\n",
@@ -247,6 +252,14 @@ var remedies = map[string]string{
 	"version":    "another node runs a later version of wgroam: upgrade this one",
 	"name_clash": "another node goes by this one's name: give each its own",
 	"skew":       "a clock is wrong: keep all nodes on NTP",
+}
+
+func printConnection(w io.Writer, c control.Connection) {
+	state := "connected"
+	if !c.Connected {
+		state = "not connected"
+	}
+	fmt.Fprintf(w, "  %s\t%s\n", c.Name, withReason(state, c.Error))
 }
 
 func withReason(state, reason string) string {

@@ -17,6 +17,7 @@ type Config struct {
 	// Devices has at least one element; no two have the same Name and Netns.
 	Devices []Device
 	NATS    NATS
+	Events  Events
 	// MaxSkew is how far ahead of this node's clock another node's may be.
 	MaxSkew time.Duration
 	// KeepalivedFIFO is the absolute path of keepalived's vrrp_notify_fifo; "" for
@@ -85,6 +86,23 @@ type NATS struct {
 	Listen string
 	// Peers are the host:port of the other nodes' embedded servers.
 	Peers []string
+	// Heartbeat is the time between this node's signs of life.
+	Heartbeat time.Duration
+	External
+}
+
+// Events says where roams are published for other programs.
+type Events struct {
+	// Enabled is true if they are. There is a URL or a Context then.
+	Enabled bool
+	// Redact is true if addresses are not to be read in what is published.
+	Redact bool
+	External
+}
+
+// External is a NATS that is not of this program. It has the fields of
+// feed.External, which it converts to.
+type External struct {
 	// URL is one NATS URL or several, with commas between them.
 	URL string
 	// Context is the name of a NATS context of the nats command line tool.
@@ -95,9 +113,7 @@ type NATS struct {
 	// CA, Cert and Key are absolute paths of PEM files. Cert and Key are set
 	// together or not at all.
 	CA, Cert, Key string
-	// Heartbeat is the time between this node's signs of life.
-	Heartbeat time.Duration
 }
 
-// Existing reports whether the node uses NATS servers that are not its own.
-func (n NATS) Existing() bool { return n.URL != "" || n.Context != "" }
+// Existing reports whether there is one.
+func (e External) Existing() bool { return e.URL != "" || e.Context != "" }

@@ -70,7 +70,7 @@ func TestReference(t *testing.T) {
 	}
 	want := defaults()
 	want.Device[0].Name = "wg0"
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(rawNATS{}, rawEvents{})); diff != "" {
 		t.Errorf("defaults and %s differ (-want +got):\n%s", reference, diff)
 	}
 
@@ -107,8 +107,9 @@ func TestReference(t *testing.T) {
 	p := parser{text: all}
 	p.config(sample)
 	for _, err := range p.mistakes {
-		// All ways to NATS at once, and a role that is fixed: this the sample cannot help.
-		if !strings.Contains(err.Error(), ": nats") && !strings.Contains(err.Error(), ": device.vrrp: the role is fixed") {
+		// All ways to NATS at once, and a role that is fixed: this the samples cannot help.
+		if !strings.Contains(err.Error(), ": nats") && !strings.Contains(err.Error(), ": events") &&
+			!strings.Contains(err.Error(), ": device.vrrp: the role is fixed") {
 			t.Errorf("the samples of %s: %v", reference, err)
 		}
 	}
@@ -120,7 +121,11 @@ func samples(t *testing.T, key string, def, sample reflect.Value) {
 	switch def.Kind() {
 	case reflect.Struct:
 		for i := range def.NumField() {
-			samples(t, key+"."+def.Type().Field(i).Tag.Get("toml"), def.Field(i), sample.Field(i))
+			of := key
+			if f := def.Type().Field(i); !f.Anonymous {
+				of += "." + f.Tag.Get("toml")
+			}
+			samples(t, of, def.Field(i), sample.Field(i))
 		}
 	case reflect.Slice:
 		if def.Len() > 0 {
@@ -129,7 +134,8 @@ func samples(t *testing.T, key string, def, sample reflect.Value) {
 			t.Errorf("%s has no sample of %s", reference, key[1:])
 		}
 	default:
-		if sample.IsZero() && key != ".metrics.listen" { // Its default is the empty string.
+		// The defaults of these are the empty string and false.
+		if sample.IsZero() && key != ".metrics.listen" && sample.Kind() != reflect.Bool {
 			t.Errorf("%s has neither default nor sample of %s", reference, key[1:])
 		}
 	}
@@ -225,22 +231,45 @@ device = [{name = "wg0"}]
 url = "tls://a.example.net:4222, tls://b.example.net"
 creds = "/etc/wgroam/nats.creds"
 tls = {ca = "/etc/ca.pem", cert = "/etc/c.pem", key = "/etc/k.pem"}
+[events]
+enabled = true
+redact = true
 `)
 	got, err = Load(existing)
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantNATS := NATS{
+	wantNATS := External{
 		URL:   "tls://a.example.net:4222, tls://b.example.net",
 		Creds: "/etc/wgroam/nats.creds",
 		CA:    "/etc/ca.pem", Cert: "/etc/c.pem", Key: "/etc/k.pem",
-		Heartbeat: 250 * time.Millisecond,
 	}
-	if diff := cmp.Diff(wantNATS, got.NATS); diff != "" {
+	if diff := cmp.Diff(NATS{Heartbeat: 250 * time.Millisecond, External: wantNATS}, got.NATS); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(Events{Enabled: true, Redact: true, External: wantNATS}, got.Events); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	if !got.NATS.Existing() {
 		t.Error("an existing server does not pass for one")
+	}
+
+	// What the nodes use is no part of another NATS for the events.
+	got, err = Load(write("events.toml", `
+device = [{name = "wg0"}]
+[nats]
+url = "nats://a.example.net"
+creds = "/etc/wgroam/nats.creds"
+[events]
+url = "nats://b.example.net"
+nkey = "/etc/wgroam/events.nk"
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantEvents := Events{External: External{URL: "nats://b.example.net", NKey: "/etc/wgroam/events.nk"}}
+	if diff := cmp.Diff(wantEvents, got.Events); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 
 	short := write("short", strings.Repeat("s", 31))
@@ -359,6 +388,12 @@ func TestMistakes(t *testing.T) {
 		{"url", wg0 + "[nats]\nurl='10.0.0.1:4222'\n", []string{`f:4: nats.url: not a URL: write nats://host:4222, or several with commas between them`}},
 		{"url scheme", wg0 + "[nats]\nurl='nats://x,http://y'\n", []string{`f:4: nats.url: "http" is not a scheme of NATS: write nats://host:4222 or tls://host:4222`}},
 		{"url port", wg0 + "[nats]\nurl='nats://x:70000'\n", []string{`f:4: nats.url: "70000" is not a port: want 1 to 65535`}},
+
+		{"events of a node alone", wg0 + "[events]\nenabled=true\n", []string{`f:4: events.enabled: there is no NATS that other programs can read from: add events.url or events.context (the server inside wgroam is for the nodes of a group only)`}},
+		{"events of an embedded server", wg0 + "[nats]\nlisten=':1'\n[events]\nenabled=true\n", []string{`f:6: events.enabled: there is no NATS that other programs can read from: add events.url or events.context (the server inside wgroam is for the nodes of a group only)`}},
+		{"events of another kind", wg0 + "[events]\nenabled='yes'\n", []string{`f:4: events.enabled: want true or false`}},
+		{"events context and url", wg0 + "[events]\ncontext='x'\nurl='nats://x'\n", []string{`f:4: events.context: a context has its own URL: remove url or context`}},
+		{"events creds alone", wg0 + "[nats]\nurl='nats://x'\n[events]\ncreds='/x'\n", []string{`f:6: events.creds: this is for an existing NATS server: add events.url, or remove this key (the embedded server needs no credentials)`}},
 
 		{"all at once", "[[device]]\nname='wg0'\nrole='x'\nstandby='y'\n[[device]]\nrole='z'\n", []string{
 			`f:3: device.role: "x" is not a role: want active, standby, always or auto`,

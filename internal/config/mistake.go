@@ -110,6 +110,7 @@ func (p *parser) wrongType(err error) error {
 	}
 	want := map[reflect.Kind]string{
 		reflect.String: `want a string, in quotes`,
+		reflect.Bool:   `want true or false`,
 		reflect.Slice:  `want an array of strings: ["...", "..."]`,
 		reflect.Struct: fmt.Sprintf("want a table: [%s]", key),
 		reflect.Array:  fmt.Sprintf("want an array of tables: [[%s]]", key),
@@ -152,13 +153,17 @@ func (p *parser) unknown(keys []toml.Key) {
 	}
 }
 
-// knownKeys returns all keys of raw with what they hold: String, Slice (of
+// knownKeys returns all keys of raw with what they hold: String, Bool, Slice (of
 // strings), Struct (a table) or Array (of tables).
 func knownKeys() map[string]reflect.Kind {
 	known := map[string]reflect.Kind{}
 	var walk func(prefix string, t reflect.Type)
 	walk = func(prefix string, t reflect.Type) {
 		for f := range t.Fields() {
+			if f.Anonymous {
+				walk(prefix, f.Type)
+				continue
+			}
 			key := prefix + f.Tag.Get("toml")
 			known[key] = f.Type.Kind()
 			if f.Type.Kind() == reflect.Struct {

@@ -28,6 +28,7 @@ type raw struct {
 	Node   string      `toml:"node"`
 	Device []rawDevice `toml:"device"`
 	NATS   rawNATS     `toml:"nats"`
+	Events rawEvents   `toml:"events"`
 	Feed   rawFeed     `toml:"feed"`
 
 	Keepalived rawKeepalived `toml:"keepalived"`
@@ -50,15 +51,24 @@ type rawDevice struct {
 }
 
 type rawNATS struct {
-	Listen  string   `toml:"listen"`
-	Peers   []string `toml:"peers"`
-	URL     string   `toml:"url"`
-	Context string   `toml:"context"`
-	Creds   string   `toml:"creds"`
-	NKey    string   `toml:"nkey"`
-	TLS     rawTLS   `toml:"tls"`
+	Listen    string   `toml:"listen"`
+	Peers     []string `toml:"peers"`
+	Heartbeat string   `toml:"heartbeat"`
+	rawExternal
+}
 
-	Heartbeat string `toml:"heartbeat"`
+type rawEvents struct {
+	Enabled bool `toml:"enabled"`
+	Redact  bool `toml:"redact"`
+	rawExternal
+}
+
+type rawExternal struct {
+	URL     string `toml:"url"`
+	Context string `toml:"context"`
+	Creds   string `toml:"creds"`
+	NKey    string `toml:"nkey"`
+	TLS     rawTLS `toml:"tls"`
 }
 
 type rawTLS struct {
@@ -209,6 +219,7 @@ func (p *parser) config(r raw) Config {
 		ControlSocket: p.path(-1, "control.socket", cmp.Or(r.Control.Socket, def.Control.Socket)),
 		MetricsListen: p.hostPort("metrics.listen", r.Metrics.Listen, true),
 	}
+	c.Events = p.events(r.Events, c.NATS.External)
 	if c.Node == "" {
 		// Without a host name the check below tells what to do.
 		c.Node, _ = os.Hostname()
@@ -318,14 +329,7 @@ func (p *parser) netns(dev int, s string) string {
 
 func (p *parser) nats(r, def rawNATS) NATS {
 	n := NATS{
-		Listen:  p.hostPort("nats.listen", r.Listen, true),
-		URL:     p.urls(r.URL),
-		Context: r.Context,
-		Creds:   p.path(-1, "nats.creds", r.Creds),
-		NKey:    p.path(-1, "nats.nkey", r.NKey),
-		CA:      p.path(-1, "nats.tls.ca", r.TLS.CA),
-		Cert:    p.path(-1, "nats.tls.cert", r.TLS.Cert),
-		Key:     p.path(-1, "nats.tls.key", r.TLS.Key),
+		Listen: p.hostPort("nats.listen", r.Listen, true),
 
 		// As much as the others make allowance for (feed.MaxInterval).
 		Heartbeat: p.duration(-1, "nats.heartbeat", cmp.Or(r.Heartbeat, def.Heartbeat), 50*time.Millisecond, 10*time.Second),
@@ -347,38 +351,65 @@ func (p *parser) nats(r, def rawNATS) NATS {
 
 	// One way or the other. Both at once would be two groups of nodes that see
 	// each other in part.
-	existing := r.URL != "" || r.Context != ""
-	auth := []struct{ key, value string }{
-		{"nats.creds", r.Creds}, {"nats.nkey", r.NKey},
-		{"nats.tls.ca", r.TLS.CA}, {"nats.tls.cert", r.TLS.Cert}, {"nats.tls.key", r.TLS.Key},
-	}
-	switch {
-	case existing && (r.Listen != "" || len(r.Peers) > 0):
+	if (r.URL != "" || r.Context != "") && (r.Listen != "" || len(r.Peers) > 0) {
 		p.mistake(-1, "nats", "listen and peers are for the embedded server, url and context for an existing one: remove one pair or the other")
-	case r.Context != "" && r.URL != "":
-		p.mistake(-1, "nats.context", "a context has its own URL: remove url or context")
+	}
+	n.External = p.external("nats", r.rawExternal)
+	return n
+}
+
+// events returns the NATS of the table events, or else that of the table nats.
+func (p *parser) events(r rawEvents, nodes External) Events {
+	e := Events{Enabled: r.Enabled, Redact: r.Redact, External: p.external("events", r.rawExternal)}
+	if !e.Existing() {
+		e.External = nodes
+	}
+	if e.Enabled && r.URL == "" && r.Context == "" && !nodes.Existing() {
+		p.mistake(-1, "events.enabled", "there is no NATS that other programs can read from: add events.url or events.context (the server inside wgroam is for the nodes of a group only)")
+	}
+	return e
+}
+
+// external checks the keys of the table that say how to reach an existing NATS.
+func (p *parser) external(table string, r rawExternal) External {
+	key := func(name string) string { return table + "." + name }
+	e := External{
+		URL:     p.urls(key("url"), r.URL),
+		Context: r.Context,
+		Creds:   p.path(-1, key("creds"), r.Creds),
+		NKey:    p.path(-1, key("nkey"), r.NKey),
+		CA:      p.path(-1, key("tls.ca"), r.TLS.CA),
+		Cert:    p.path(-1, key("tls.cert"), r.TLS.Cert),
+		Key:     p.path(-1, key("tls.key"), r.TLS.Key),
+	}
+	auth := []struct{ key, value string }{
+		{key("creds"), r.Creds}, {key("nkey"), r.NKey},
+		{key("tls.ca"), r.TLS.CA}, {key("tls.cert"), r.TLS.Cert}, {key("tls.key"), r.TLS.Key},
+	}
+	if r.Context != "" && r.URL != "" {
+		p.mistake(-1, key("context"), "a context has its own URL: remove url or context")
 	}
 	for _, a := range auth {
 		switch {
 		case a.value == "":
 		case r.Context != "":
-			p.mistake(-1, a.key, "a context has its own credentials: remove this key or nats.context")
-		case !existing:
-			p.mistake(-1, a.key, "this is for an existing NATS server: add nats.url, or remove this key (the embedded server needs no credentials)")
+			p.mistake(-1, a.key, "a context has its own credentials: remove this key or %s", key("context"))
+		case r.URL == "":
+			p.mistake(-1, a.key, "this is for an existing NATS server: add %s, or remove this key (the embedded server needs no credentials)", key("url"))
 		}
 	}
 	if r.Creds != "" && r.NKey != "" {
-		p.mistake(-1, "nats.nkey", "there are nats.creds already: remove one of the two")
+		p.mistake(-1, key("nkey"), "there are %s already: remove one of the two", key("creds"))
 	}
 	if (r.TLS.Cert == "") != (r.TLS.Key == "") {
-		p.mistake(-1, "nats.tls", "cert and key belong together: add the other one")
+		p.mistake(-1, key("tls"), "cert and key belong together: add the other one")
 	}
-	return n
+	return e
 }
 
 // urls checks a list of NATS URLs. It never prints them whole: they may hold a
 // password.
-func (p *parser) urls(list string) string {
+func (p *parser) urls(key, list string) string {
 	if list == "" {
 		return ""
 	}
@@ -386,11 +417,11 @@ func (p *parser) urls(list string) string {
 		u, err := url.Parse(strings.TrimSpace(s))
 		switch {
 		case err != nil || u.Hostname() == "":
-			p.mistake(-1, "nats.url", "not a URL: write nats://host:4222, or several with commas between them")
+			p.mistake(-1, key, "not a URL: write nats://host:4222, or several with commas between them")
 		case u.Scheme != "nats" && u.Scheme != "tls":
-			p.mistake(-1, "nats.url", "%q is not a scheme of NATS: write nats://host:4222 or tls://host:4222", u.Scheme)
+			p.mistake(-1, key, "%q is not a scheme of NATS: write nats://host:4222 or tls://host:4222", u.Scheme)
 		case u.Port() != "" && !goodPort(u.Port()):
-			p.mistake(-1, "nats.url", "%q is not a port: want 1 to 65535", u.Port())
+			p.mistake(-1, key, "%q is not a port: want 1 to 65535", u.Port())
 		}
 	}
 	return list

@@ -42,6 +42,10 @@ func testStatus() Status {
 	return Status{
 		Node: "gw-a", NodeID: "0123456789abcdef", Version: "v0.1.0",
 		Started: time.Date(2026, 11, 23, 7, 0, 0, 0, zone),
+		Events: &EventsStatus{
+			Connection: Connection{Name: "nats://events", Since: time.Date(2026, 11, 23, 7, 0, 1, 0, zone), Error: "away"},
+			Redact:     true, Sent: 12, Dropped: 13, Waiting: 14,
+		},
 		Devices: []DeviceStatus{
 			{Name: "wg0", Netns: "blue", State: StateWaiting, Role: "always", Standby: "down", Detector: Detector{Rung: RungNone, Reason: "no device wg0"}, Feed: FeedStatus{Mode: FeedNone}},
 			{

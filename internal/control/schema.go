@@ -24,6 +24,18 @@ type Status struct {
 	Version string         `json:"version"`
 	Started time.Time      `json:"started"` // RFC 3339, UTC
 	Devices []DeviceStatus `json:"devices"` // by name, then namespace
+	// Events is absent unless roams are published for other programs.
+	Events *EventsStatus `json:"events,omitempty"`
+}
+
+// EventsStatus is what becomes of the roams that are published for other programs,
+// since the start.
+type EventsStatus struct {
+	Connection
+	Redact  bool   `json:"redact"`  // addresses are not to be read
+	Sent    uint64 `json:"sent"`    // written to the connection
+	Dropped uint64 `json:"dropped"` // too many waited, or the server did not take them
+	Waiting int    `json:"waiting"` // for the connection
 }
 
 // The values of DeviceStatus.State.
@@ -239,6 +251,11 @@ type Missed struct {
 func (s Status) settle() Status {
 	s.Schema = Schema
 	s.Started = s.Started.UTC()
+	if s.Events != nil {
+		e := *s.Events
+		e.Since = e.Since.UTC()
+		s.Events = &e
+	}
 	s.Devices = sorted(s.Devices, func(a, b DeviceStatus) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Netns, b.Netns)) })
 	for i := range s.Devices {
 		d := &s.Devices[i]

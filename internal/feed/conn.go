@@ -84,21 +84,8 @@ func (l *Link) newConn(name, url string, opts nats.Options) *conn {
 	if len(o.Servers) == 0 {
 		o.Url = url
 	}
-	o.Name = "wgroam " + l.name
 	o.NoEcho = true
-	o.AllowReconnect = true
-	o.MaxReconnect = -1
-	o.RetryOnFailedConnect = true
-	o.IgnoreAuthErrorAbort = true
-	// Nothing is kept for later: what is published late is old by then. The
-	// publisher keeps the peer and sends what is newest.
-	o.ReconnectBufSize = -1
-	o.Timeout = dialTimeout
-	o.FlusherTimeout = dialTimeout
-	o.PingInterval = time.Second
-	o.MaxPingsOut = 2
-	// The dialler looks up names, within its timeout.
-	o.SkipHostLookup = true
+	keepUp(o, l.name)
 	o.ConnectedCB = func(*nats.Conn) { c.connected(false) }
 	o.ReconnectedCB = func(*nats.Conn) { c.connected(true) }
 	o.DisconnectedErrCB = func(_ *nats.Conn, err error) { c.disconnected(err) }
@@ -113,11 +100,33 @@ func (l *Link) newConn(name, url string, opts nats.Options) *conn {
 				c.failed(err)
 			}
 		}
-		return reconnectWait + rand.N(jitter)
+		return pause()
 	}
 	l.conns = append(l.conns, c)
 	return c
 }
+
+// keepUp has the connection of a node made again and again, for ever.
+func keepUp(o *nats.Options, node string) {
+	o.Name = "wgroam " + node
+	o.AllowReconnect = true
+	o.MaxReconnect = -1
+	o.RetryOnFailedConnect = true
+	o.IgnoreAuthErrorAbort = true
+	// Nothing is kept for later: whoever publishes knows what is still true by
+	// then.
+	o.ReconnectBufSize = -1
+	o.Timeout = dialTimeout
+	o.FlusherTimeout = dialTimeout
+	o.PingInterval = time.Second
+	o.MaxPingsOut = 2
+	// The dialler looks up names, within its timeout.
+	o.SkipHostLookup = true
+	o.CustomReconnectDelayCB = func(int) time.Duration { return pause() }
+}
+
+// pause returns how long to wait before the next attempt to connect.
+func pause() time.Duration { return reconnectWait + rand.N(jitter) }
 
 // dialer implements nats.CustomDialer.
 type dialer struct {

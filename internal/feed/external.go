@@ -3,9 +3,11 @@
 package feed
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -84,6 +86,18 @@ func readContext(name string) (natsContext, error) {
 		}
 	}
 	return c, nil
+}
+
+// Options returns the options for a connection of the node that is made again and
+// again until ctx ends, and the URLs without secrets.
+func (e External) Options(ctx context.Context, node string) (nats.Options, string, error) {
+	o, urls, err := e.options()
+	keepUp(&o, node)
+	o.CustomDialer = dialer{dial: func(network, addr string) (net.Conn, error) {
+		d := net.Dialer{Timeout: dialTimeout}
+		return d.DialContext(ctx, network, addr)
+	}}
+	return o, urls, err
 }
 
 // options returns the options for a connection, and the URLs without secrets.

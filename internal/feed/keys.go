@@ -6,6 +6,7 @@ import (
 	"crypto/cipher"
 	"crypto/ed25519"
 	"crypto/hkdf"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
@@ -13,10 +14,12 @@ import (
 	"crypto/x509/pkix"
 	"encoding/base32"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -37,6 +40,7 @@ type secrets struct {
 	group  string
 	kid    uint32
 	digest [32]byte
+	alias  [32]byte    // of addresses
 	aead   cipher.AEAD // of frames
 	file   cipher.AEAD // of snapshots
 	tls    *tls.Config
@@ -76,6 +80,7 @@ func Derive(private [32]byte, secret []byte) (Keys, error) {
 		return b
 	}
 	seal, digest := expand("seal", chacha20poly1305.KeySize), expand("digest", 32)
+	alias := expand("alias", 32)
 	file := expand("snapshot", chacha20poly1305.KeySize)
 	group, kid := expand("group", 16), expand("kid", 4)
 	seed := expand("tls", ed25519.SeedSize)
@@ -85,12 +90,14 @@ func Derive(private [32]byte, secret []byte) (Keys, error) {
 	defer clear(seal)
 	defer clear(file)
 	defer clear(digest)
+	defer clear(alias)
 	defer clear(seed)
 
 	s := &secrets{
 		group:  strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(group)),
 		kid:    binary.BigEndian.Uint32(kid),
 		digest: [32]byte(digest),
+		alias:  [32]byte(alias),
 	}
 	if s.aead, err = chacha20poly1305.NewX(seal); err != nil {
 		return Keys{}, fmt.Errorf("derive keys: %w", err)
@@ -163,6 +170,15 @@ func (k Keys) Subjects() string { return "wgroam.v1." + k.Group() + ".>" }
 // DigestKey returns the key of the group's table digests, for
 // wgroam.NewTable.
 func (k Keys) DigestKey() [32]byte { return k.s().digest }
+
+// Alias returns 16 hexadecimal digits that stand for an address where it is not to
+// be read. All nodes of the group have the same for an address; without the key
+// there is no way back, nor to try addresses.
+func (k Keys) Alias(a netip.Addr) string {
+	mac := hmac.New(sha256.New, k.s().alias[:])
+	_, _ = mac.Write(a.AsSlice()) // never fails
+	return hex.EncodeToString(mac.Sum(nil)[:8])
+}
 
 // Seal returns plain sealed for a file of this node, with XChaCha20-Poly1305 under
 // a key that frames do not use: 24 bytes of random nonce, the ciphertext, a tag
