@@ -15,12 +15,14 @@ VM_PACKAGES ?= ./bpf ./internal/wg ./tracker ./test
 CLANG_FORMAT     := clang-format-19
 AMD64            := $(filter-out %-arm64,$(KERNEL))
 GOLANGCI_VERSION := 2.15.0
-GOLANGCI         := .cache/tools/golangci-lint
+NATSCLI_VERSION  := 0.5.0
+TOOLS            := .cache/tools
+GOLANGCI         := $(TOOLS)/golangci-lint
 COMMIT           := $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 
 # Go would stamp the commit itself, and fail where git refuses to read the tree, such as a clone owned by another user.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
-export PATH    := $(CURDIR)/bin:$(PATH)
+export PATH    := $(CURDIR)/bin:$(CURDIR)/$(TOOLS):$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-unit test-model test-net test-vm vm-tests vm-tests-arm64 test-selftest soak lint drift bench generate deps install clean
@@ -116,7 +118,7 @@ generate: ## Compile the BPF programs and make their Go bindings
 	go generate ./...
 
 deps: ## Install what the tests need (root on Debian or Ubuntu), or say what is missing
-	@test/tools/deps $(GOLANGCI) $(GOLANGCI_VERSION)
+	@test/tools/deps $(TOOLS) $(GOLANGCI_VERSION) $(NATSCLI_VERSION)
 
 install: build ## Install wgroam and its systemd unit under PREFIX
 	install -D bin/wgroam $(DESTDIR)$(PREFIX)/sbin/wgroam

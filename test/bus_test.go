@@ -40,12 +40,14 @@ func startBus(t testing.TB, gw *lab.Gateway) (string, *nats.Conn) {
 }
 
 // runBus is startBus for whoever ends it himself.
-func runBus(t testing.TB, gw *lab.Gateway) (url string, nc *nats.Conn, stop func()) {
+func runBus(t testing.TB, gw *lab.Gateway, more ...func(*server.Options)) (url string, nc *nats.Conn, stop func()) {
 	t.Helper()
 	addr := netip.AddrPortFrom(gw.Addr4, 4222)
-	ns, err := server.NewServer(&server.Options{
-		Host: addr.Addr().String(), Port: int(addr.Port()), NoLog: true, NoSigs: true,
-	})
+	opts := &server.Options{Host: addr.Addr().String(), Port: int(addr.Port()), NoLog: true, NoSigs: true}
+	for _, f := range more {
+		f(opts)
+	}
+	ns, err := server.NewServer(opts)
 	if err != nil {
 		t.Fatal(err)
 	}
