@@ -34,7 +34,8 @@ func TestMetrics(t *testing.T) {
 	var nodes []*node
 	for _, gw := range l.Gateways {
 		dir := t.TempDir()
-		nodes = append(nodes, startNode(t, gw, dir, config(gw, dir, others(l, gw)...)+"[metrics]\nlisten = \""+listen+"\"\n"))
+		nodes = append(nodes, startNode(t, gw, dir, config(gw, dir, others(l, gw)...)+
+			"[metrics]\nlisten = \""+listen+"\"\n[events]\nenabled = true\nurl = \"nats://127.0.0.1:1\"\n"))
 		ping(t, c) // known when the second one joins
 	}
 	for _, n := range nodes {

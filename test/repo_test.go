@@ -186,6 +186,24 @@ func TestLinks(t *testing.T) {
 	}
 }
 
+// Alerts and dashboard are about metrics that there are.
+func TestContribMetrics(t *testing.T) {
+	known := documented(t)
+	for _, name := range []string{"contrib/prometheus/wgroam.rules.yml", "contrib/grafana/wgroam.json"} {
+		used := regexp.MustCompile(`wgroam_[a-z_]+`).FindAllString(read(t, name), -1)
+		if len(used) < 10 {
+			t.Errorf("%s has the metrics %q only", name, used)
+		}
+		for _, metric := range used {
+			base, isBucket := strings.CutSuffix(metric, "_bucket")
+			kind, ok := known[base]
+			if !ok || isBucket != strings.HasPrefix(kind, "histogram") {
+				t.Errorf("%s is about %s, which there is not", name, metric)
+			}
+		}
+	}
+}
+
 // What is committed reads the same everywhere.
 func TestText(t *testing.T) {
 	for _, name := range tracked(t) {
