@@ -62,9 +62,9 @@ func startServer(t *testing.T, o server.Options) (*server.Server, int) {
 }
 
 // subscribe returns what other programs get from a server.
-func subscribe(t *testing.T, s *server.Server) *nats.Subscription {
+func subscribe(t *testing.T, s *server.Server, login ...nats.Option) *nats.Subscription {
 	t.Helper()
-	nc, err := nats.Connect("", nats.InProcessServer(s))
+	nc, err := nats.Connect("", append(login, nats.InProcessServer(s))...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -350,6 +350,27 @@ func TestDenied(t *testing.T) {
 		p.Publish(groupKeys(t, 1), event("", "192.0.2.1:1", wgroam.CauseData))
 	}
 	until(t, p, "denied", func(s control.EventsStatus) bool { return s.Dropped == 3 && s.Connected && s.Error != "" })
+}
+
+// TestPermission: the one that doc/events.md asks for is enough.
+func TestPermission(t *testing.T) {
+	s, port := startServer(t, server.Options{
+		NoAuthUser: "node",
+		Users: []*server.User{
+			{Username: "node", Password: "p", Permissions: &server.Permissions{
+				Publish:   &server.SubjectPermission{Allow: []string{"wgroam.events.>"}},
+				Subscribe: &server.SubjectPermission{Deny: []string{">"}},
+			}},
+			{Username: "reader", Password: "p"},
+		},
+	})
+	sub := subscribe(t, s, nats.UserInfo("reader", "p"))
+	p := startPublisher(t, port, Config{})
+	p.Publish(groupKeys(t, 1), event("", "192.0.2.1:1", wgroam.CauseData))
+	next(t, sub)
+	if s := p.Status(); s.Dropped != 0 || s.Error != "" {
+		t.Errorf("%+v", s)
+	}
 }
 
 // TestNoFile: a credentials file that is not there yet is waited for.
