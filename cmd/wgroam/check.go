@@ -214,6 +214,8 @@ func checkFeed(d control.DeviceStatus) []finding {
 			add(checkFail, detail, fmt.Sprintf("it has not been heard for %d ms: see wgroam status there", n.AgeMS))
 		case max(n.SkewMS, -n.SkewMS) > skewWarn:
 			add(checkWarn, detail, "keep both nodes on NTP: peers ignore the handshakes of a clock that is behind for that long")
+		case n.Former:
+			add(checkWarn, detail+", under former keys", "give its device the new private key, or its configuration the new secret_file")
 		case n.State == control.NodeSyncing:
 			add(checkWarn, detail, "wait a moment: its table is being compared with ours")
 		default:

@@ -123,9 +123,11 @@ type device struct {
 	seen    bool     // there was one
 	problem error    // why there is no session, or what went wrong last
 	// The memory of the group, kept while the link is away.
-	group string
-	table *wgroam.Table
-	clock *wgroam.Clock
+	group   string
+	inForce feed.Keys // of that group
+	former  []formerKeys
+	table   *wgroam.Table
+	clock   *wgroam.Clock
 }
 
 // where names a device for people: wg0, or wg0@blue in the namespace blue.
@@ -150,6 +152,7 @@ type session struct {
 	applier *applier.Applier
 	merger  *applier.Merger
 	state   *snapshot.File
+	former  []*member
 }
 
 func (d *device) absent(err error) {
@@ -170,7 +173,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		return err
 	}
 	defer reader.Close()
-	keys, err := d.keys(reader)
+	keys, former, err := d.keys(reader)
 	if err != nil {
 		return err
 	}
@@ -187,6 +190,12 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	}
 	if server != nil {
 		defer server.RemoveGroup(keys)
+	}
+	defer s.leave()
+	for _, k := range former {
+		if err := d.join(s, k, server); err != nil {
+			return err
+		}
 	}
 	// The applier writes through a client of its own, so that it does not wait
 	// for a dump.
@@ -208,6 +217,9 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	}
 	// After the tracker: sessions that have lived on know better.
 	s.restore(d.log)
+	for _, m := range s.former {
+		m.restore(d)
+	}
 	defer s.state.Close() // when nothing changes the table any more
 	s.feed.Start()
 	defer s.feed.Close()
@@ -227,6 +239,9 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	g.Go(func() error { s.merger.Run(ctx); return nil })
 	g.Go(func() error { return pub.Run(ctx) })
 	g.Go(func() error { s.state.Run(ctx); return nil })
+	for _, m := range s.former {
+		g.Go(func() error { return m.run(ctx, s.table) })
+	}
 	if server == nil {
 		g.Go(func() error {
 			select {
@@ -240,25 +255,16 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	return g.Wait()
 }
 
-// keys derives the group's keys from the device's private key, which does not
-// stay in memory.
-func (d *device) keys(client *wg.Client) (feed.Keys, error) {
-	private, err := client.PrivateKey(d.cfg.Name)
-	defer clear(private[:])
-	if err != nil {
-		return feed.Keys{}, err
-	}
-	return feed.Derive(private, d.cfg.Secret)
-}
-
 // wire makes the parts of a session that need each other.
 func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 	d.mu.Lock()
 	// A table of its own for every session, because nobody takes leave of a
 	// table; what the group knows goes from one to the next.
 	table := wgroam.NewTable(keys.DigestKey())
-	if d.group != keys.Group() {
-		d.group, d.clock = keys.Group(), wgroam.NewClock(d.d.cfg.MaxSkew)
+	// In the file of new keys there is nothing yet.
+	s.state = snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: keys, Table: table, Log: d.log})
+	if d.table == nil {
+		d.clock = wgroam.NewClock(d.d.cfg.MaxSkew)
 	} else {
 		for _, r := range d.table.Records() {
 			table.Merge(r)
@@ -268,32 +274,10 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 	s.table, s.clock, s.view = table, d.clock, wgroam.NewView()
 	d.mu.Unlock()
 
-	n := d.d.cfg.NATS
-	fc := feed.Config{
-		Name: d.d.cfg.Node, Keys: keys, Peers: n.Peers,
-		External: feed.External(n.External), Log: d.log,
-	}
-	if server != nil {
-		server.AddGroup(keys)
-		fc.Server = server
-	}
 	var err error
-	if s.feed, err = feed.New(fc); err != nil {
+	if s.feed, s.merger, err = d.connect(s, keys, table, server); err != nil {
 		return err
 	}
-	s.merger = applier.NewMerger(applier.MergerConfig{
-		Self: s.feed.Self(), Table: s.table, Clock: s.clock, View: s.view, Feed: s.feed,
-		VIP: d.cfg.VIP, Log: d.log,
-		Merged: d.d.lag.stage(d.cfg, stageMerged),
-	})
-	s.state = snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: keys, Table: s.table, Log: d.log})
-	s.feed.OnUpdate(s.merger.Update)
-	s.feed.OnBeat(s.merger.Beat)
-	s.feed.OnEvent(func(e feed.Event) {
-		if e.Up {
-			s.merger.Up()
-		}
-	})
 	reached := d.d.lag.stage(d.cfg, stageUser)
 	s.tracker = tracker.New(tracker.Config{
 		Device: s.link.Name, Ifindex: s.link.Ifindex, Netns: s.netns, Space: s.space,
@@ -314,6 +298,36 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 		Poll: d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
 	})
 	return nil
+}
+
+// connect makes this node's part in the group of some keys, with its table.
+func (d *device) connect(s *session, keys feed.Keys, table *wgroam.Table, server *natsd.Server) (*feed.Link, *applier.Merger, error) {
+	n := d.d.cfg.NATS
+	fc := feed.Config{
+		Name: d.d.cfg.Node, Keys: keys, Peers: n.Peers,
+		External: feed.External(n.External), Log: d.log,
+	}
+	if server != nil {
+		server.AddGroup(keys)
+		fc.Server = server
+	}
+	link, err := feed.New(fc)
+	if err != nil {
+		return nil, nil, err
+	}
+	merger := applier.NewMerger(applier.MergerConfig{
+		Self: link.Self(), Table: table, Clock: s.clock, View: s.view, Feed: link,
+		VIP: d.cfg.VIP, Log: d.log,
+		Merged: d.d.lag.stage(d.cfg, stageMerged),
+	})
+	link.OnUpdate(merger.Update)
+	link.OnBeat(merger.Beat)
+	link.OnEvent(func(e feed.Event) {
+		if e.Up {
+			merger.Up()
+		}
+	})
+	return link, merger, nil
 }
 
 // restore takes over what this node knew when it ended.

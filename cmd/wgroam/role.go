@@ -50,9 +50,9 @@ func (d *device) actives() []string {
 		return nil
 	}
 	var out []string
-	for _, n := range s.merger.Nodes() {
+	for _, n := range s.nodes() {
 		if n.Role == feed.RoleActive && n.State != applier.NodeStale {
-			out = append(out, s.merger.NameOf(n.ID))
+			out = append(out, s.nameOf(n.ID))
 		}
 	}
 	return out

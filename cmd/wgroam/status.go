@@ -112,10 +112,10 @@ func (s *session) feedStatus(out *control.FeedStatus) {
 		}
 		out.Connections = append(out.Connections, conn)
 	}
-	for _, n := range s.merger.Nodes() {
+	for _, n := range s.nodes() {
 		out.Nodes = append(out.Nodes, control.NodeStatus{
 			Name: n.Name, ID: n.ID.String(), Role: n.Role.String(), State: string(n.State),
-			AgeMS: time.Since(n.Heard).Milliseconds(), SkewMS: n.Skew.Milliseconds(), Records: n.Records,
+			AgeMS: time.Since(n.Heard).Milliseconds(), SkewMS: n.Skew.Milliseconds(), Records: n.Records, Former: n.former,
 		})
 	}
 	c := s.feed.Counters()
@@ -154,7 +154,7 @@ func (s *session) peers(device config.Device, self string) []control.Peer {
 	for _, r := range s.table.Records() {
 		node := self
 		if r.Version.Node != s.feed.Self() {
-			node = s.merger.NameOf(r.Version.Node)
+			node = s.nameOf(r.Version.Node)
 		}
 		at := r.Version.HLC.Time()
 		p := control.Peer{
@@ -237,8 +237,12 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 		printConnection(w, c)
 	}
 	for _, n := range d.Feed.Nodes {
-		fmt.Fprintf(w, "  node %s\t%s, role %s, heard %d ms ago, clock %+d ms, %d records\n",
-			n.Name, n.State, n.Role, n.AgeMS, n.SkewMS, n.Records)
+		under := ""
+		if n.Former {
+			under = ", under former keys"
+		}
+		fmt.Fprintf(w, "  node %s\t%s, role %s, heard %d ms ago%s, clock %+d ms, %d records\n",
+			n.Name, n.State, n.Role, n.AgeMS, under, n.SkewMS, n.Records)
 	}
 	for _, why := range slices.Sorted(maps.Keys(d.Feed.Refused)) {
 		if n := d.Feed.Refused[why]; n > 0 {

@@ -70,6 +70,10 @@ type Device struct {
 	// Secret is mixed into the keys of the feed: 32 bytes to 64 KiB, nil for
 	// none. Never print it.
 	Secret []byte
+	// FormerSecretFile is the absolute path that FormerSecret was read from; ""
+	// for no former secret. FormerSecret is empty where there was none before.
+	FormerSecretFile string
+	FormerSecret     []byte
 	// PollInterval is how often the device is read where changes cannot be
 	// observed.
 	PollInterval time.Duration

@@ -160,6 +160,7 @@ role = "auto"
 vip = ["203.0.113.10", "2001:db8::10"]
 standby = "silent"
 secret_file = "`+secret+`"
+former_secret_file = "/dev/null"
 poll_interval = "250ms"
 sweep_interval = "1m"
 [[device]]
@@ -200,7 +201,7 @@ listen = "127.0.0.1:9586"
 			{
 				Name: "wg0", Role: RoleAuto, Standby: StandbySilent,
 				VIP:        []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
-				SecretFile: secret, Secret: []byte(strings.Repeat("s", 40)),
+				SecretFile: secret, Secret: []byte(strings.Repeat("s", 40)), FormerSecretFile: "/dev/null",
 				PollInterval: 250 * time.Millisecond, SweepInterval: time.Minute,
 			},
 			{Name: "wg1", Role: RoleAlways, Standby: StandbyDown, PollInterval: time.Second, SweepInterval: 5 * time.Minute},
@@ -284,6 +285,14 @@ nkey = "/etc/wgroam/events.nk"
 		{
 			"short secret", write("b.toml", "device=[{name='wg0', secret_file='"+short+"'}]"),
 			"has 31 bytes, want at least 32: fill it with",
+		},
+		{
+			"same secret", write("d.toml", "device=[{name='wg0', secret_file='"+secret+"', former_secret_file='"+secret+"'}]"),
+			"former_secret_file: it holds what is in force: remove the key",
+		},
+		{
+			"no former secret", write("e.toml", "device=[{name='wg0', former_secret_file='/nonexistent'}]"),
+			"former_secret_file: open /nonexistent",
 		},
 		{
 			"endless secret", write("c.toml", "device=[{name='wg0', secret_file='/dev/zero'}]"),

@@ -3,6 +3,7 @@
 package config
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -46,6 +47,7 @@ type rawDevice struct {
 	VRRP          string   `toml:"vrrp"`
 	Standby       string   `toml:"standby"`
 	SecretFile    string   `toml:"secret_file"`
+	FormerSecret  string   `toml:"former_secret_file"`
 	PollInterval  string   `toml:"poll_interval"`
 	SweepInterval string   `toml:"sweep_interval"`
 }
@@ -137,15 +139,19 @@ func Load(path string) (Config, error) {
 	}
 	for i := range c.Devices {
 		d := &c.Devices[i]
-		if d.SecretFile == "" {
-			continue
+		if d.SecretFile != "" {
+			if d.Secret, err = readSecret(d.SecretFile); err != nil {
+				return Config{}, fmt.Errorf("%s: device %s: secret_file: %w", path, d.Name, err)
+			}
 		}
-		if d.Secret, err = readFile(d.SecretFile, maxSecret); err == nil && len(d.Secret) < minSecret {
-			err = fmt.Errorf("%s has %d bytes, want at least %d: fill it with head -c 32 /dev/urandom, the same on every node",
-				d.SecretFile, len(d.Secret), minSecret)
+		if d.FormerSecretFile != "" && d.FormerSecretFile != os.DevNull {
+			if d.FormerSecret, err = readSecret(d.FormerSecretFile); err != nil {
+				return Config{}, fmt.Errorf("%s: device %s: former_secret_file: %w", path, d.Name, err)
+			}
 		}
-		if err != nil {
-			return Config{}, fmt.Errorf("%s: device %s: secret_file: %w", path, d.Name, err)
+		if d.FormerSecretFile != "" && bytes.Equal(d.Secret, d.FormerSecret) {
+			return Config{}, fmt.Errorf("%s: device %s: former_secret_file: it holds what is in force: remove the key, or put the new secret in secret_file",
+				path, d.Name)
 		}
 	}
 	return c, nil
@@ -177,6 +183,15 @@ func ForDevice(name string) (Config, error) {
 		return Config{}, errors.Join(p.mistakes...)
 	}
 	return c, nil
+}
+
+func readSecret(path string) ([]byte, error) {
+	secret, err := readFile(path, maxSecret)
+	if err == nil && len(secret) < minSecret {
+		err = fmt.Errorf("%s has %d bytes, want at least %d: fill it with head -c 32 /dev/urandom, the same on every node",
+			path, len(secret), minSecret)
+	}
+	return secret, err
 }
 
 // Parse reads a configuration. It reads no files: Secret stays nil. The name is
@@ -248,14 +263,15 @@ func (p *parser) config(r raw) Config {
 
 func (p *parser) device(i int, r, def rawDevice) Device {
 	d := Device{
-		Name:          r.Name,
-		Netns:         p.netns(i, r.Netns),
-		Role:          Role(cmp.Or(r.Role, def.Role)),
-		Standby:       Standby(cmp.Or(r.Standby, def.Standby)),
-		VRRP:          r.VRRP,
-		SecretFile:    p.path(i, "device.secret_file", r.SecretFile),
-		PollInterval:  p.duration(i, "device.poll_interval", cmp.Or(r.PollInterval, def.PollInterval), 10*time.Millisecond, time.Hour),
-		SweepInterval: p.duration(i, "device.sweep_interval", cmp.Or(r.SweepInterval, def.SweepInterval), time.Second, 24*time.Hour),
+		Name:             r.Name,
+		Netns:            p.netns(i, r.Netns),
+		Role:             Role(cmp.Or(r.Role, def.Role)),
+		Standby:          Standby(cmp.Or(r.Standby, def.Standby)),
+		VRRP:             r.VRRP,
+		SecretFile:       p.path(i, "device.secret_file", r.SecretFile),
+		FormerSecretFile: p.path(i, "device.former_secret_file", r.FormerSecret),
+		PollInterval:     p.duration(i, "device.poll_interval", cmp.Or(r.PollInterval, def.PollInterval), 10*time.Millisecond, time.Hour),
+		SweepInterval:    p.duration(i, "device.sweep_interval", cmp.Or(r.SweepInterval, def.SweepInterval), time.Second, 24*time.Hour),
 	}
 	if why := badDeviceName(d.Name); why != "" {
 		p.mistake(i, "device.name", "%q: %s", d.Name, why)

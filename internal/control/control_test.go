@@ -69,7 +69,7 @@ func testStatus() Status {
 					},
 					Nodes: []NodeStatus{
 						{Name: "gw-c", ID: "0000000000000003", Role: "always", State: NodeStale, AgeMS: 90000, SkewMS: -3},
-						{Name: "gw-b", ID: "0000000000000002", Role: "standby", State: NodeSynced, AgeMS: 120, SkewMS: 4, Records: 6},
+						{Name: "gw-b", ID: "0000000000000002", Role: "standby", State: NodeSynced, AgeMS: 120, SkewMS: 4, Records: 6, Former: true},
 						{ID: "0000000000000001", State: NodeSyncing},
 					},
 					Refused: map[string]uint64{"seal": 2, "endpoint": 1},

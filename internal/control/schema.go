@@ -174,6 +174,8 @@ type NodeStatus struct {
 	AgeMS   int64  `json:"age_ms"`  // since it was last heard
 	SkewMS  int64  `json:"skew_ms"` // its clock minus ours
 	Records int    `json:"records"` // in its table
+	// Former: heard under former keys of the device, and not under those in force.
+	Former bool `json:"former,omitempty"`
 }
 
 // Peers is the answer to the verb peers.

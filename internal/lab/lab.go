@@ -298,6 +298,22 @@ func InVM() bool {
 	})
 }
 
+// Rekey makes all clients take the gateways to have another private key, and
+// forget their sessions. The gateways' devices stay as they are.
+func (l *Lab) Rekey(key wgtypes.Key) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	former := l.key
+	l.key = key
+	for _, c := range l.Clients {
+		err := c.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: former.PublicKey(), Remove: true}, c.peer()}})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // PublicKey is the gateways' public key.
 func (l *Lab) PublicKey() wgroam.Key { return wgroam.Key(l.key.PublicKey()) }
 

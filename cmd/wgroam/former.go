@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/applier"
+	"github.com/wgroam/wgroam/internal/feed"
+	"github.com/wgroam/wgroam/internal/natsd"
+	"github.com/wgroam/wgroam/internal/snapshot"
+	"github.com/wgroam/wgroam/internal/wg"
+	"github.com/wgroam/wgroam/publisher"
+)
+
+// Keys are rolled from node to node, and the others must hear a node that has
+// the new ones, and the reverse. So a node that knows former keys of its device
+// stays in their group: it listens and publishes there as well.
+
+const (
+	// formerFor is how long a node stays in the group of a private key that its
+	// device had while the daemon ran.
+	formerFor = 24 * time.Hour
+	// maxFormer bounds the groups that a device is in for that.
+	maxFormer = 2
+)
+
+// errFormer ends a session when a former key has had its time.
+var errFormer = errors.New("a former private key is forgotten now")
+
+// formerKeys are keys of a device that are in force on other nodes, perhaps.
+type formerKeys struct {
+	feed.Keys
+	until time.Time // zero: as long as it is configured
+}
+
+// keys derives the group's keys from the device's private key, which does not
+// stay in memory, and returns the former ones.
+func (d *device) keys(client *wg.Client) (feed.Keys, []formerKeys, error) {
+	private, err := client.PrivateKey(d.cfg.Name)
+	defer clear(private[:])
+	if err != nil {
+		return feed.Keys{}, nil, err
+	}
+	keys, err := feed.Derive(private, d.cfg.Secret)
+	if err != nil {
+		return feed.Keys{}, nil, err
+	}
+	var former []formerKeys
+	if d.cfg.FormerSecretFile != "" {
+		k, err := feed.Derive(private, d.cfg.FormerSecret)
+		if err != nil {
+			return feed.Keys{}, nil, err
+		}
+		former = append(former, formerKeys{Keys: k})
+	}
+	return keys, append(former, d.rekeyed(keys, time.Now())...), nil
+}
+
+// rekeyed notes the keys that are in force now, and returns those that were
+// before, oldest first.
+func (d *device) rekeyed(keys feed.Keys, now time.Time) []formerKeys {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.group != "" && d.group != keys.Group() {
+		d.former = append(d.former, formerKeys{d.inForce, now.Add(formerFor)})
+		d.log.Warn("the device has another private key; staying in the group of the former one as well, for the nodes that still have it",
+			"former", d.group, "until", now.Add(formerFor))
+	}
+	d.group, d.inForce = keys.Group(), keys
+	var out []formerKeys
+	for _, f := range d.former {
+		if f.Group() != d.group && now.Before(f.until) {
+			out = append(out, f)
+		}
+	}
+	d.former = out[max(0, len(out)-maxFormer):]
+	return d.former
+}
+
+// member is this node's part in a group of former keys. It has a table of its
+// own, because digests depend on the group.
+type member struct {
+	keys       formerKeys
+	table      *wgroam.Table
+	feed       *feed.Link
+	merger     *applier.Merger
+	publisher  *publisher.Publisher
+	toUs, from *wgroam.Changes // of the member's table, and of the device's
+	leave      func()
+}
+
+// join makes this node a member of the group of former keys, of which nothing
+// runs yet. It is none of a group that another device is in.
+func (d *device) join(s *session, keys formerKeys, server *natsd.Server) error {
+	release, err := d.d.claim(keys.Group(), where(d.cfg.Name, d.cfg.Netns))
+	if err != nil {
+		d.log.Warn("not staying in the group of former keys", "err", err)
+		return nil
+	}
+	m := &member{
+		keys: keys, table: wgroam.NewTable(keys.DigestKey()),
+		toUs: wgroam.NewChanges(), from: wgroam.NewChanges(),
+	}
+	m.leave = func() {
+		if server != nil {
+			server.RemoveGroup(keys.Keys)
+		}
+		release()
+	}
+	s.former = append(s.former, m)
+	s.table.Notify(m.from, nil)
+	for _, r := range s.table.Records() {
+		m.table.Merge(r)
+	}
+	m.table.Notify(m.toUs, nil)
+	if m.feed, m.merger, err = d.connect(s, keys.Keys, m.table, server); err != nil {
+		return err
+	}
+	m.publisher = publisher.New(publisher.Config{
+		Table: m.table, Link: m.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,
+	})
+	return nil
+}
+
+// leave ends the memberships, which do not run any more.
+func (s *session) leave() {
+	for _, m := range s.former {
+		m.leave()
+	}
+}
+
+// restore takes over what this node knew when the keys were in force.
+func (m *member) restore(d *device) {
+	file := snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: m.keys.Keys, Table: m.table, Log: d.log})
+	records, err := file.Read()
+	if err != nil {
+		d.log.Error("cannot use the snapshot of the former keys; the other nodes may know", "err", err)
+	}
+	m.merger.Restore(records)
+}
+
+// run is the membership, until ctx ends or the keys have had their time, which is
+// errFormer. What one table learns, the other does.
+func (m *member) run(ctx context.Context, ours *wgroam.Table) error {
+	m.feed.Start()
+	defer m.feed.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if !m.keys.until.IsZero() {
+		ctx, cancel = context.WithDeadlineCause(ctx, m.keys.until, errFormer)
+		defer cancel()
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { m.merger.Run(ctx) })
+	wg.Go(func() { _ = m.publisher.Run(ctx) }) // always nil
+	wg.Go(func() { carry(ctx, m.toUs, m.table, ours) })
+	carry(ctx, m.from, ours, m.table)
+	if errors.Is(context.Cause(ctx), errFormer) {
+		return errFormer
+	}
+	return nil
+}
+
+// carry merges into a table what changes in another, until ctx ends.
+func carry(ctx context.Context, changes *wgroam.Changes, from, to *wgroam.Table) {
+	const some = 1000
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-changes.Ready():
+		}
+		for _, k := range changes.Take(some) {
+			if r, ok := from.Get(k); ok {
+				to.Merge(r)
+			}
+		}
+	}
+}
+
+// groupNode is another node, of the group or of that of former keys.
+type groupNode struct {
+	applier.Node
+	former bool // not heard under the keys in force
+}
+
+// nodes returns the other nodes.
+func (s *session) nodes() []groupNode {
+	var out []groupNode
+	at := make(map[wgroam.NodeID]int)
+	add := func(list []applier.Node, former bool) {
+		for _, n := range list {
+			i, ok := at[n.ID]
+			switch {
+			case !ok:
+				at[n.ID] = len(out)
+				out = append(out, groupNode{n, former})
+			case out[i].State == applier.NodeStale && n.State != applier.NodeStale:
+				out[i] = groupNode{n, former}
+			}
+		}
+	}
+	add(s.merger.Nodes(), false)
+	for _, m := range s.former {
+		add(m.merger.Nodes(), true)
+	}
+	return out
+}
+
+// nameOf returns the name of a node, or its identity while the name is unknown.
+func (s *session) nameOf(id wgroam.NodeID) string {
+	for _, n := range s.nodes() {
+		if n.ID == id && n.Name != "" {
+			return n.Name
+		}
+	}
+	return id.String()
+}
