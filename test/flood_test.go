@@ -110,10 +110,11 @@ func forge(rng *rand.Rand, live *sniffer) []byte {
 }
 
 // TestFloodDelay: a roam is found beneath a flood of whatever somebody can forge who
-// hears all, and nothing else is. The claim is that it takes no more than 2 s. A
-// time would measure how much of the processor the flood leaves, so dumps are
-// counted: those that events ask for begin 200 ms after the one before, or, where
-// reading the device takes more than 20 ms, after nine times as long.
+// hears all, within 2 s, and nothing else is found. A time also measures how much of
+// the processor the flood leaves. So dumps are counted: those that events ask for
+// begin 200 ms after the one before, or, where reading the device takes more than
+// 20 ms, after nine times as long. And a machine that took long without the flood
+// may take ten times as long.
 func TestFloodDelay(t *testing.T) {
 	const most = 3 // one that was under way, one that leaves alone what has just moved, and one that shows it
 	l := newLab(t, lab.Config{Clients: 2})
@@ -129,7 +130,7 @@ func TestFloodDelay(t *testing.T) {
 	n.awaitRecord(c.Key(), c.Endpoint())
 	genuine := []netip.AddrPort{c.Endpoint()}
 
-	roams := func(what string) {
+	roams := func(what string) (slowest time.Duration) {
 		t.Helper()
 		for i := range 6 {
 			ep, err := c.RoamPort()
@@ -157,13 +158,16 @@ func TestFloodDelay(t *testing.T) {
 				all := n.peers()
 				return slices.ContainsFunc(all, func(p control.Peer) bool { return p.Peer == c.Key() && p.Held == ep }), fmt.Sprintf("%+v", all)
 			})
-			t.Logf("%s: found %v and %d dumps after the device had it", what, time.Since(began).Round(time.Millisecond), now-before)
+			took := time.Since(began)
+			slowest = max(slowest, took)
+			t.Logf("%s: found %v and %d dumps after the device had it", what, took.Round(time.Millisecond), now-before)
 			if now-before > most {
 				t.Errorf("%s: found after %d dumps, want %d at most", what, now-before, most)
 			}
 		}
+		return slowest
 	}
-	roams("quiet")
+	limit := max(2*time.Second, 10*roams("quiet"))
 	// What is repeated has arrived before. If it got lost in the flood, WireGuard would
 	// take the repetition for a roam, and rightly.
 	live.stop()
@@ -193,7 +197,9 @@ func TestFloodDelay(t *testing.T) {
 		}
 	})
 	await(t, "the flood is on", func() (bool, string) { return sent.Load() > 10_000, "" })
-	roams("flood")
+	if took := roams("flood"); took > limit {
+		t.Errorf("found %v after the device had it, want %v at most", took, limit)
+	}
 	stop()
 	flood.Wait()
 	s := n.status()
