@@ -178,7 +178,7 @@ func BenchmarkHook(b *testing.B) {
 		ns := compare(b, dev, single, rounds, func() float64 { return push(b, s, packets, small) })
 		b.ReportMetric(quantile(ns[3], 0.5), "ns/packet")
 		b.ReportMetric(quantile(ratios(ns[3], ns[0]), 0.5), "ratio")
-		b.Logf("%s\n%s; datagrams of %d bytes, %d rounds of %d.\n%s\n%s",
+		b.Logf("%s: %s; datagrams of %d bytes, %d rounds of %d.\n%s\n%s",
 			kernel(), pushMethod, small, rounds, packets, roundsMethod, packetTable(single, ns))
 	})
 	b.Run(fmt.Sprintf("packets/%dx", copies), func(b *testing.B) {
@@ -314,8 +314,8 @@ func (v variant) attach(b *testing.B, dev Device) (detach func()) {
 	}
 }
 
-const roundsMethod = "The variants follow each other in every round, in reverse order in every other one. Ratio and added time are\n" +
-	"medians over the rounds, each against the same round with nothing attached."
+// roundsMethod is short: what a benchmark logs is cut off at the tenth line.
+const roundsMethod = "By turns, every other round in reverse; ratio and added time are medians of the rounds, each against its own with nothing attached."
 
 // compare does the same work with every variant in turn. It returns what work
 // returned, by variant and round. Nothing is under way while programs come and
