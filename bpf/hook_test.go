@@ -12,9 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -132,10 +130,7 @@ func needWireGuard(t testing.TB) {
 	if lab.KernelWireGuard() {
 		return
 	}
-	info, _ := debug.ReadBuildInfo()
-	if slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
-		return s.Key == "-tags" && slices.Contains(strings.Split(s.Value, ","), "vm")
-	}) {
+	if lab.InVM() {
 		t.Fatalf("kernel %s has no WireGuard", kernel())
 	}
 	t.Skipf("kernel %s has no WireGuard", kernel())

@@ -8,15 +8,15 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"runtime"
-	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/wgroam/wgroam/internal/lab"
 )
 
 // found is what there is to know of a packet.
@@ -177,9 +177,7 @@ func mutate(rng *rand.Rand, b []byte) []byte {
 // way, and so is every handshake; what comes in makes no state.
 func TestUplinkRandom(t *testing.T) {
 	packets := 10_000_000
-	if info, _ := debug.ReadBuildInfo(); slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
-		return s.Key == "-tags" && slices.Contains(strings.Split(s.Value, ","), "vm")
-	}) {
+	if lab.InVM() {
 		packets = 50_000 // QEMU emulates the processor, which makes it fifty times slower
 	}
 	cpus := runtime.NumCPU()

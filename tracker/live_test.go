@@ -13,9 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -71,10 +69,7 @@ func needKernel(t testing.TB) {
 	var u unix.Utsname
 	_ = unix.Uname(&u) // cannot fail with a valid address
 	release := unix.ByteSliceToString(u.Release[:])
-	info, _ := debug.ReadBuildInfo()
-	if slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
-		return s.Key == "-tags" && slices.Contains(strings.Split(s.Value, ","), "vm")
-	}) {
+	if lab.InVM() {
 		t.Fatalf("kernel %s has no WireGuard", release)
 	}
 	t.Skipf("kernel %s has no WireGuard", release)
