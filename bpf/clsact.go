@@ -113,7 +113,7 @@ func (c *clsact) add(parent uint32, prog *ebpf.Program, owner process) error {
 	return nil
 }
 
-func (c *clsact) attached() bool {
+func (c *clsact) attached(int) bool {
 	n := 0
 	for _, parent := range clsactParents {
 		filters, _ := c.nl.FilterList(c.link, parent) // of a link that is gone: none

@@ -42,7 +42,8 @@ var (
 var (
 	// ErrClosed: the hook has been closed.
 	ErrClosed = ringbuf.ErrClosed
-	// ErrFlushed: all events from before the call of Flush have been read.
+	// ErrFlushed: all events from before a call of Flush have been read, see
+	// FlushedError.
 	ErrFlushed = ringbuf.ErrFlushed
 	// ErrDeadline: no event came before the deadline.
 	ErrDeadline = os.ErrDeadlineExceeded
@@ -92,7 +93,7 @@ type Hook struct {
 
 	objs   peerObjects // also of the kprobe object, which has the same source
 	links  []link.Link
-	reader *ringbuf.Reader
+	reader *ring
 	record ringbuf.Record
 	module uint64 // see loadedModule
 
@@ -156,8 +157,8 @@ func (h *Hook) load(spec *ebpf.CollectionSpec, links func(*Hook) error) error {
 		return fmt.Errorf("load: %w", err)
 	}
 	var err error
-	if h.reader, err = ringbuf.NewReader(h.objs.Events); err != nil {
-		return fmt.Errorf("open ring buffer: %w", err)
+	if h.reader, err = openRing(h.objs.Events); err != nil {
+		return err
 	}
 	if err := links(h); err != nil {
 		return err
@@ -263,13 +264,9 @@ func (h *Hook) Read() (e Event, drained bool, err error) {
 	return raw.event(), h.record.Remaining == 0, nil
 }
 
-// Flush makes Read return all events that are waiting, and then ErrFlushed once.
-func (h *Hook) Flush() error {
-	if err := h.reader.Flush(); err != nil {
-		return fmt.Errorf("flush ring buffer: %w", err)
-	}
-	return nil
-}
+// Flush makes Read return all events that are waiting, and then a FlushedError with
+// at least this number.
+func (h *Hook) Flush() (uint64, error) { return h.reader.Flush() }
 
 // SetDeadline sets when Read gives up waiting. It does not end one that waits.
 func (h *Hook) SetDeadline(t time.Time) { h.reader.SetDeadline(t) }

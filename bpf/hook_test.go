@@ -290,7 +290,7 @@ func (s *site) all() []Event {
 
 // readAll reads what waits in the ring buffer.
 func readAll(hook *Hook) ([]Event, error) {
-	if err := hook.Flush(); err != nil {
+	if _, err := hook.Flush(); err != nil {
 		return nil, err
 	}
 	var out []Event
@@ -1018,7 +1018,7 @@ func hookLost(t *testing.T) {
 	s.checkLatest(keys, rounds)
 
 	// What did fit is whole and in order; together they are all.
-	if err := s.hook.Flush(); err != nil {
+	if _, err := s.hook.Flush(); err != nil {
 		t.Fatal(err)
 	}
 	read, sawDrained := 0, false
@@ -1132,7 +1132,7 @@ func hookClose(t *testing.T) {
 	if _, _, err := s.hook.Read(); !errors.Is(err, ErrClosed) {
 		t.Errorf("Read once more: %v, want %v", err, ErrClosed)
 	}
-	if err := s.hook.Flush(); err == nil {
+	if _, err := s.hook.Flush(); err == nil {
 		t.Error("Flush of a closed hook: no error")
 	}
 	if err := s.hook.Follow(s.dev); err == nil {
@@ -1174,7 +1174,7 @@ func hookCloseBusy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		hook := &Hook{reader: reader}
+		hook := &Hook{reader: &ring{Reader: reader}}
 		events, done := make(chan struct{}, 1), make(chan error, 1)
 		go func() {
 			for {

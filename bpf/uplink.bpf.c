@@ -112,6 +112,7 @@ struct uplink_window all_moves;
 /* What there is to know of a packet. */
 struct packet {
 	struct uplink_address peer; /* the far end */
+	__u32 near; /* where our address begins, in what we send */
 	__u32 port; /* ours, host byte order */
 	__u32 message; /* where the UDP payload begins */
 	__u32 size; /* of the UDP payload, GSO's or GRO's packets together */
@@ -217,6 +218,7 @@ static __always_inline bool parse_ip(struct __sk_buff *skb, __u32 off, __u16 pro
 		if (ip.protocol != IPPROTO_UDP || ip.frag_off & bpf_htons(0x1fff))
 			return false;
 		whole = !(ip.frag_off & bpf_htons(0x2000));
+		p->near = off + offsetof(struct iphdr, saddr);
 		off += ip.ihl * 4;
 		p->peer.family = AF_INET;
 		addr[0] = egress ? ip.daddr : ip.saddr;
@@ -226,6 +228,7 @@ static __always_inline bool parse_ip(struct __sk_buff *skb, __u32 off, __u16 pro
 
 		if (!peek(skb, off, &ip, sizeof(ip)) || ip.version != 6)
 			return false;
+		p->near = off + offsetof(struct ipv6hdr, saddr);
 		off += sizeof(ip);
 		if (ip.nexthdr != IPPROTO_UDP && !skip_extensions(skb, ip.nexthdr, &off, &whole))
 			return false;
@@ -303,6 +306,15 @@ static __always_inline bool within(struct uplink_window *w, __u64 now, __u32 lim
 	return w->used < limit && __sync_fetch_and_add(&w->used, 1) < limit;
 }
 
+/* Our address, which is no part of what is compared, and read of what is news only.
+ * A guest on a macvlan can send what looks like ours, from another address. */
+static __always_inline bool read_near(struct __sk_buff *skb, const struct packet *p, __u8 *to)
+{
+	if (p->peer.family == AF_INET)
+		return !bpf_skb_load_bytes(skb, p->near, to, 4);
+	return !bpf_skb_load_bytes(skb, p->near, to, 16);
+}
+
 static __always_inline void begin_event(struct uplink_event *event, const struct packet *p,
 					__u8 kind)
 {
@@ -332,6 +344,8 @@ static __always_inline void send_handshake(struct __sk_buff *skb, const struct p
 	/* A handshake has an index of its own; boringtun's come again after 256. */
 	if (known && local.born - known->born < SAME_PACKET)
 		return;
+	if (!read_near(skb, p, event.near))
+		return;
 
 	if (p->type == TYPE_RESPONSE) {
 		struct uplink_key peer = { .index = p->index[1], .port = p->port };
@@ -340,6 +354,7 @@ static __always_inline void send_handshake(struct __sk_buff *skb, const struct p
 		/* Cannot happen: it does not fit into the packet. */
 		if (bpf_skb_load_bytes(skb, p->message, event.message, RESPONSE_MAC1))
 			return;
+		__builtin_memcpy(remote.near, event.near, sizeof(remote.near));
 		/* The index is what the initiation says, which may be a recording, with
 		 * the index of a live session written into it: data under that proves
 		 * nothing of this response. An index that comes again (boringtun's do,
@@ -361,7 +376,7 @@ static __always_inline void send_handshake(struct __sk_buff *skb, const struct p
 }
 
 static __always_inline void report_move(const struct packet *p, struct uplink_key *key,
-					struct uplink_remote *remote, __u8 kind,
+					struct uplink_remote *remote, const __u8 *near, __u8 kind,
 					const struct uplink_address *old)
 {
 	struct uplink_event event = {};
@@ -373,6 +388,7 @@ static __always_inline void report_move(const struct packet *p, struct uplink_ke
 	if (within(&remote->moves, now, MOVES_PER_SESSION) && within(&all_moves, now, MOVES)) {
 		begin_event(&event, p, kind);
 		event.remote = key->index;
+		__builtin_memcpy(event.near, near, sizeof(event.near));
 		if (old)
 			event.old = *old;
 		if (send_event(&event, 0))
@@ -387,7 +403,7 @@ static __always_inline void report_move(const struct packet *p, struct uplink_ke
 	__sync_fetch_and_add(&moves_late, 1);
 }
 
-static __always_inline void send_data(const struct packet *p)
+static __always_inline void send_data(struct __sk_buff *skb, const struct packet *p)
 {
 	struct uplink_key key = { .index = p->index[0], .port = p->port };
 	struct uplink_remote *known = bpf_map_lookup_elem(&remotes, &key);
@@ -399,19 +415,24 @@ static __always_inline void send_data(const struct packet *p)
 		/* Nothing new: what nearly all packets come to. */
 		if (!known->fresh && same_address(&old, &p->peer))
 			return;
+		if (!read_near(skb, p, remote.near))
+			return;
 		known->fresh = false;
+		__builtin_memcpy(known->near, remote.near, sizeof(known->near));
 		if (same_address(&old, &p->peer)) {
-			report_move(p, &key, known, UPLINK_CONFIRMED, NULL);
+			report_move(p, &key, known, remote.near, UPLINK_CONFIRMED, NULL);
 			return;
 		}
 		known->addr = p->peer;
-		report_move(p, &key, known, UPLINK_MOVED, &old);
+		report_move(p, &key, known, remote.near, UPLINK_MOVED, &old);
 		return;
 	}
 	/* Older than this program, or the peer has answered our initiation, or
 	 * forgotten. */
+	if (!read_near(skb, p, remote.near))
+		return;
 	bpf_map_update_elem(&remotes, &key, &remote, BPF_ANY);
-	report_move(p, &key, &remote, UPLINK_UNKNOWN, NULL);
+	report_move(p, &key, &remote, remote.near, UPLINK_UNKNOWN, NULL);
 }
 
 static __always_inline void receive_data(const struct packet *p)
@@ -419,6 +440,7 @@ static __always_inline void receive_data(const struct packet *p)
 	struct uplink_event event = {};
 	struct uplink_key key = { .index = p->index[0], .port = p->port };
 	struct uplink_local *local = bpf_map_lookup_elem(&locals, &key);
+	__u32 reminders;
 	bool known;
 	__u64 now;
 
@@ -426,8 +448,10 @@ static __always_inline void receive_data(const struct packet *p)
 	if (!local)
 		return;
 	known = same_address(&local->told, &p->peer);
+	/* Once, for another processor may count it down meanwhile. */
+	reminders = *(volatile __u32 *)&local->reminders;
 	/* Nothing new: what nearly all packets come to. */
-	if (known && !local->reminders)
+	if (known && !reminders)
 		return;
 	now = bpf_ktime_get_coarse_ns();
 	/* Not yet. */
@@ -446,12 +470,13 @@ static __always_inline void receive_data(const struct packet *p)
 	if (!send_event(&event, 0))
 		return;
 	if (known) {
-		local->reminders--;
+		reminders--;
 	} else {
 		local->told = p->peer;
-		local->reminders = REMINDERS;
+		reminders = REMINDERS;
 	}
-	local->remind = now + (REMIND << 4 * (REMINDERS - local->reminders));
+	local->reminders = reminders;
+	local->remind = now + (REMIND << 4 * (REMINDERS - reminders));
 }
 
 static __always_inline void egress(struct __sk_buff *skb, bool ethernet)
@@ -465,7 +490,7 @@ static __always_inline void egress(struct __sk_buff *skb, bool ethernet)
 	if (!parse(skb, ethernet, true, &p))
 		return;
 	if (p.type == TYPE_DATA && p.size >= SIZE_DATA_MIN)
-		send_data(&p);
+		send_data(skb, &p);
 	else if ((p.type == TYPE_RESPONSE && p.size == SIZE_RESPONSE) ||
 		 (p.type == TYPE_INITIATION && p.size == SIZE_INITIATION))
 		send_handshake(skb, &p);

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 	"unsafe"
@@ -85,6 +86,10 @@ type UplinkEvent struct {
 	Addr netip.AddrPort
 	// Old is the destination that was reported before, for UplinkMoved only.
 	Old netip.AddrPort
+	// Near is our address, as it is in the packet; of a hint it is the zero Addr. That
+	// of another host is on a packet which only looks like ours: a guest's on a macvlan
+	// above the link.
+	Near netip.Addr
 	// Message is the handshake up to and including mac1, 132 bytes of an initiation
 	// or 76 of a response. It is valid until the next Read.
 	Message []byte
@@ -98,13 +103,14 @@ type UplinkEvent struct {
 // One goroutine may Read; all other methods are safe for concurrent use.
 type Uplink struct {
 	objs   uplinkObjects
-	reader *ringbuf.Reader
+	reader *ring
 
 	// Of Read alone.
 	record  ringbuf.Record
 	late    []UplinkEvent // to be returned next
-	flushed bool          // and then ErrFlushed
+	flushed error         // and then this
 	seen    uint64        // of moves_late
+	busy    time.Time     // since when there has always been an event to read; zero if there has not
 
 	mu     sync.Mutex
 	closed bool
@@ -116,8 +122,9 @@ type Uplink struct {
 
 // attachment is the two programs on a link.
 type attachment interface {
-	// attached reports whether they are still there.
-	attached() bool
+	// attached reports whether they are still there, on the link that has the index
+	// now.
+	attached(ifindex int) bool
 	// detach removes them. It is no error that they, or the link, are gone.
 	detach() error
 }
@@ -150,8 +157,8 @@ func (u *Uplink) load(spec *ebpf.CollectionSpec) error {
 		return fmt.Errorf("load: %w", err)
 	}
 	var err error
-	if u.reader, err = ringbuf.NewReader(u.objs.Events); err != nil {
-		return fmt.Errorf("open ring buffer: %w", err)
+	if u.reader, err = openRing(u.objs.Events); err != nil {
+		return err
 	}
 	return nil
 }
@@ -190,7 +197,7 @@ func (u *Uplink) Attach(ifindex int) error {
 		return fmt.Errorf("attach to link %d: %w", ifindex, ErrClosed)
 	}
 	if a := u.links[ifindex]; a != nil {
-		if a.attached() {
+		if a.attached(ifindex) {
 			return nil
 		}
 		_ = u.detach(ifindex) // what is left of it
@@ -258,16 +265,16 @@ func (u *Uplink) detach(ifindex int) error {
 // descriptor.
 type tcx []link.Link
 
+var tcxWays = []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress}
+
 func attachTCX(ifindex int, in, out *ebpf.Program) (attachment, error) {
 	var t tcx
-	for _, opts := range []link.TCXOptions{
-		{Program: in, Attach: ebpf.AttachTCXIngress},
-		{Program: out, Attach: ebpf.AttachTCXEgress},
-	} {
-		opts.Interface = ifindex
-		// Before all others, for what they drop or redirect goes no further.
-		opts.Anchor = link.Head()
-		l, err := link.AttachTCX(opts)
+	for i, prog := range []*ebpf.Program{in, out} {
+		l, err := link.AttachTCX(link.TCXOptions{
+			Program: prog, Attach: tcxWays[i], Interface: ifindex,
+			// Before all others, for what they drop or redirect goes no further.
+			Anchor: link.Head(),
+		})
 		if err != nil {
 			_ = t.detach() // the reason for failing is the one to report
 			return nil, err
@@ -277,11 +284,19 @@ func attachTCX(ifindex int, in, out *ebpf.Program) (attachment, error) {
 	return t, nil
 }
 
-func (t tcx) attached() bool {
-	for _, l := range t {
+func (t tcx) attached(ifindex int) bool {
+	for i, l := range t {
 		info, err := l.Info()
 		// The index is 0 when the device has gone (tcx.c, tcx_link_fill_info).
 		if err != nil || info.TCX() == nil || info.TCX().Ifindex == 0 {
+			return false
+		}
+		// Or another namespace has it now, and there is a new link here.
+		there, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: tcxWays[i]})
+		if err != nil || !slices.ContainsFunc(there.Programs, func(p link.AttachedProgram) bool {
+			id, ok := p.LinkID()
+			return ok && id == info.ID
+		}) {
 			return false
 		}
 	}
@@ -335,31 +350,41 @@ const lateness = 200 * time.Millisecond
 //
 // Of a session that moves on and on, and of many that move at once, some changes
 // are held back. The last address of each is returned nevertheless, once there has
-// been nothing else to read for a fifth of a second; and so it is if the ring buffer
-// was full.
+// been nothing else to read for a fifth of a second, or something else all the time for as
+// long; and so it is if the ring buffer was full.
 func (u *Uplink) Read() (e UplinkEvent, drained bool, err error) {
 	for {
 		if len(u.late) > 0 {
 			e, u.late = u.late[0], u.late[1:]
 			return e, len(u.late) == 0 && u.record.Remaining == 0, nil
 		}
-		if u.flushed {
-			u.flushed = false
-			return UplinkEvent{}, false, ErrFlushed
+		if err := u.flushed; err != nil {
+			u.flushed = nil
+			return UplinkEvent{}, false, err
 		}
 		err := u.reader.ReadInto(&u.record)
 		switch {
 		case err == nil:
-			// Nothing is held back without an event before it.
-			u.reader.SetDeadline(time.Now().Add(lateness))
 			raw, err := decodeUplink(u.record.RawSample)
 			if err != nil {
 				return UplinkEvent{}, false, err
 			}
+			// Nothing is held back without an event before it. There may always be
+			// another one to read.
+			now := time.Now()
+			u.reader.SetDeadline(now.Add(lateness))
+			if u.busy.IsZero() {
+				u.busy = now
+			}
+			if now.Sub(u.busy) > lateness {
+				if err := u.collect(); err != nil {
+					return UplinkEvent{}, false, err
+				}
+			}
 			// Not AvailableBytes, which looks at memory that Close has given back.
-			return raw.event(), u.record.Remaining == 0, nil
+			return raw.event(), len(u.late) == 0 && u.record.Remaining == 0, nil
 		case errors.Is(err, ErrFlushed):
-			u.flushed = true
+			u.flushed = err
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			u.reader.SetDeadline(time.Time{})
 		default:
@@ -374,6 +399,7 @@ func (u *Uplink) Read() (e UplinkEvent, drained bool, err error) {
 
 // collect makes events of the changes that were held back.
 func (u *Uplink) collect() error {
+	u.busy = time.Time{}
 	var n uint64
 	if err := u.objs.MovesLate.Get(&n); err != nil {
 		return fmt.Errorf("read counter of late events: %w", err)
@@ -412,6 +438,7 @@ func (u *Uplink) collect() error {
 				Remote: keys[i].Index,
 				Addr:   remote.Addr.addrPort(),
 				Old:    values[i].Old.addrPort(),
+				Near:   nearAddr(remote.Near, remote.Addr.Family),
 			}
 			if e.Kind == UplinkMoved && e.Old == e.Addr {
 				continue // and back again
@@ -424,13 +451,9 @@ func (u *Uplink) collect() error {
 	}
 }
 
-// Flush makes Read return all events that are waiting, and then ErrFlushed once.
-func (u *Uplink) Flush() error {
-	if err := u.reader.Flush(); err != nil {
-		return fmt.Errorf("flush ring buffer: %w", err)
-	}
-	return nil
-}
+// Flush makes Read return all events that are waiting, and then a FlushedError with
+// at least this number.
+func (u *Uplink) Flush() (uint64, error) { return u.reader.Flush() }
 
 // Lost returns how many events found the ring buffer full since OpenUplink. Of the
 // handshakes and hints among them nothing is left; changes are returned later.
@@ -490,6 +513,9 @@ func (r *uplinkUplinkEvent) event() UplinkEvent {
 		Addr:   r.Addr.addrPort(),
 		Old:    r.Old.addrPort(),
 	}
+	if e.Kind != UplinkHint {
+		e.Near = nearAddr(r.Near, r.Addr.Family)
+	}
 	if n := messageSize(e.Kind); n > 0 {
 		e.Message = r.Message[:n]
 	}
@@ -499,6 +525,10 @@ func (r *uplinkUplinkEvent) event() UplinkEvent {
 func (a *uplinkUplinkAddress) addrPort() netip.AddrPort {
 	ep := peerPeerEndpoint{Addr: a.Addr, Port: a.Port, Family: a.Family}
 	return ep.addrPort()
+}
+
+func nearAddr(addr [16]uint8, family uint16) netip.Addr {
+	return (&uplinkUplinkAddress{Addr: addr, Family: family}).addrPort().Addr()
 }
 
 // explainUplink finds the reason behind an error of loading or attaching.

@@ -33,6 +33,7 @@ struct uplink_event {
 	__u64 boot_ns; /* CLOCK_BOOTTIME */
 	struct uplink_address addr; /* where to; of a hint, where from */
 	struct uplink_address old; /* UPLINK_MOVED: where to before */
+	__u8 near[16]; /* our address, as addr.addr; of a hint zeroes */
 	__u32 local; /* our index; 0: not in the message */
 	__u32 remote; /* the peer's index; 0: not in the message */
 	__u16 port; /* the device's UDP port, host byte order */
@@ -69,6 +70,7 @@ struct uplink_local {
 struct uplink_remote {
 	struct uplink_address addr; /* where the newest packet went */
 	__u32 fresh; /* unknown before a response went there, and no data yet */
+	__u8 near[16]; /* our address in the packet that brought addr */
 	struct uplink_window moves;
 };
 

@@ -532,13 +532,13 @@ func TestUplinkLinkGone(t *testing.T) {
 			if err := u.Attach(index); err != nil {
 				t.Fatal(err)
 			}
-			if a := u.links[index]; !a.attached() {
+			if a := u.links[index]; !a.attached(index) {
 				t.Error("not attached")
 			}
 			if err := netlink.LinkDel(l); err != nil {
 				t.Fatal(err)
 			}
-			if a := u.links[index]; a.attached() {
+			if a := u.links[index]; a.attached(index) {
 				t.Error("still attached")
 			}
 			if forget {
@@ -549,6 +549,54 @@ func TestUplinkLinkGone(t *testing.T) {
 		}
 		if err := u.Attach(index); !errors.Is(err, unix.ENODEV) {
 			t.Errorf("Attach: %v, want %v", err, unix.ENODEV)
+		}
+	})
+}
+
+// TestUplinkLinkMoved: a link goes to another namespace, with the programs and with
+// its number, and another one gets the number here.
+func TestUplinkLinkMoved(t *testing.T) {
+	hooks(t, func(t *testing.T, open func() *Uplink) {
+		u := open()
+		const index = 77
+		elsewhere := make(chan int, 1)
+		go func() {
+			runtime.LockOSThread() // and never back: the thread ends
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				elsewhere <- -1
+				return
+			}
+			fd, _ := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			elsewhere <- fd
+		}()
+		fd := <-elsewhere
+		if fd < 0 {
+			t.Fatal("no namespace to move a link to")
+		}
+		defer unix.Close(fd)
+		for i := range 2 {
+			attrs := netlink.NewLinkAttrs()
+			attrs.Name, attrs.Index = "mover", index
+			if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: fmt.Sprint("peer", i)}); err != nil {
+				t.Fatal(err)
+			}
+			l := linkOf(t, "mover")
+			defer func() { _ = netlink.LinkDel(linkOf(t, fmt.Sprint("peer", i))) }()
+			if a := u.links[index]; a != nil && a.attached(index) {
+				t.Error("attached to a link that has moved")
+			}
+			if err := u.Attach(index); err != nil {
+				t.Fatal(err)
+			}
+			if a := u.links[index]; !a.attached(index) {
+				t.Error("not attached")
+			}
+			if i > 0 {
+				break
+			}
+			if err := netlink.LinkSetNsFd(l, fd); err != nil {
+				t.Fatal(err)
+			}
 		}
 	})
 }
@@ -784,7 +832,7 @@ func TestUplinkClose(t *testing.T) {
 	if _, _, err := u.Read(); !errors.Is(err, ErrClosed) {
 		t.Errorf("Read once more: %v, want %v", err, ErrClosed)
 	}
-	if err := u.Flush(); err == nil {
+	if _, err := u.Flush(); err == nil {
 		t.Error("Flush: no error")
 	}
 	for what, err := range map[string]error{"Attach": u.Attach(1), "Follow": u.Follow(1), "Unfollow": u.Unfollow(1)} {

@@ -25,6 +25,7 @@ type uplinkUplinkEvent struct {
 	BootNs  uint64
 	Addr    uplinkUplinkAddress
 	Old     uplinkUplinkAddress
+	Near    [16]uint8
 	Local   uint32
 	Remote  uint32
 	Port    uint16
@@ -64,6 +65,7 @@ type uplinkUplinkRemote struct {
 	_     structs.HostLayout
 	Addr  uplinkUplinkAddress
 	Fresh uint32
+	Near  [16]uint8
 	Moves struct {
 		_     structs.HostLayout
 		Began uint64

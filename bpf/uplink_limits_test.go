@@ -329,6 +329,29 @@ func TestUplinkHops(t *testing.T) {
 	})
 }
 
+// TestUplinkBusy: what was held back is told although there is always something else to
+// read.
+func TestUplinkBusy(t *testing.T) {
+	w := newWire(t)
+	w.out(far(1), data(2))
+	for i := range 4 * movesPerSession {
+		w.out(far(5+i), data(2))
+	}
+	w.out(far(4000), data(2))
+	start := time.Now()
+	for i := uint32(0); time.Since(start) < 50*lateness; i++ {
+		w.out(far(1), initiation(100+i))
+		e, _, err := w.u.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Kind == UplinkMoved && e.Addr == far(4000) {
+			return
+		}
+	}
+	t.Errorf("the last address has not been told in %v", time.Since(start))
+}
+
 func (w *wire) moved(remote uint32) (n int) {
 	w.t.Helper()
 	for _, e := range w.events() {

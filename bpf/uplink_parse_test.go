@@ -272,3 +272,50 @@ func TestUplinkSegments(t *testing.T) {
 	w.want(UplinkEvent{Kind: UplinkHint, Local: 1, Addr: far(1)})
 	w.wantSessions(1, 1)
 }
+
+// TestUplinkNear: each event of what we send says from which address, also one that
+// was held back, and after the IP version has changed.
+func TestUplinkNear(t *testing.T) {
+	w := newWire(t)
+	for name, f := range shapes() {
+		t.Run(name, func(t *testing.T) {
+			w := &wire{t, w.u}
+			w.reset()
+			in, out := w.programs(f)
+			pass := func(f frame, payload []byte) {
+				f.payload = payload
+				w.pass(out, f.bytes(), nil)
+			}
+			pass(f, initiation(3))
+			pass(f, response(1, 2))
+			pass(f, data(2))
+			w.pass(in, f.reverse(data(1)).bytes(), nil)
+			// From the other version, and back, more often than is let through.
+			other := frame{src: near6, dst: far6(7), bare: f.bare}
+			if f.src == near6 {
+				other.src, other.dst = near, far(7)
+			}
+			for range 10 * movesPerSession {
+				pass(other, data(2))
+				pass(f, data(2))
+			}
+			pass(other, data(2))
+			events := w.events()
+			for _, e := range events {
+				want := f.src.Addr()
+				switch {
+				case e.Kind == UplinkHint:
+					want = netip.Addr{}
+				case e.Addr == other.dst:
+					want = other.src.Addr()
+				}
+				if e.Near != want {
+					t.Errorf("event %+v from %v, want %v", e, e.Near, want)
+				}
+			}
+			if last := events[len(events)-1]; last.Addr != other.dst || len(events) < 6 {
+				t.Errorf("%d events, the last %+v", len(events), last)
+			}
+		})
+	}
+}

@@ -30,15 +30,13 @@ type Kernel struct {
 	hook    *bpf.Hook
 	subs    map[bpf.Device]*subscriber
 	looks   looks
-	was     counts        // of the hook
-	past    counts        // of those before it
-	check   time.Time     // when to ask whether the hook was skipped
-	owed    bool          // events were lost, and have not been recovered
-	flushed chan struct{} // closed when the ring buffer has been emptied
+	was     counts    // of the hook
+	past    counts    // of those before it
+	check   time.Time // when to ask whether the hook was skipped
+	owed    bool      // events were lost, and have not been recovered
+	flushes *flusher  // of the hook
 	reader  sync.WaitGroup
 	closed  bool
-
-	barriers sync.Mutex // one at a time
 }
 
 // counts are what the kernel has counted.
@@ -97,6 +95,7 @@ func (k *Kernel) follow(d bpf.Device, peers int, s *subscriber) (fallback, err e
 		}
 		k.hook, k.owed, k.subs = hook, false, make(map[bpf.Device]*subscriber)
 		k.looks = looks{newest: make(map[uint64]bpf.Event)}
+		k.flushes = &flusher{}
 		k.reader.Go(func() { k.read(hook) })
 	}
 	// Before the kernel knows of the device, so that no event finds nobody.
@@ -134,8 +133,8 @@ func (k *Kernel) drop(d bpf.Device) error {
 func (k *Kernel) release() *bpf.Hook {
 	hook := k.hook
 	k.past = k.counts()
-	k.hook, k.subs, k.was = nil, nil, counts{}
-	k.releaseBarrier()
+	k.flushes.end()
+	k.hook, k.subs, k.was, k.flushes = nil, nil, counts{}, nil
 	return hook
 }
 
@@ -156,14 +155,15 @@ func (k *Kernel) read(hook *bpf.Hook) {
 	for wake := time.Now().Add(idle); ; {
 		hook.SetDeadline(wake)
 		e, drained, err := hook.Read()
+		flushed, _ := errors.AsType[*bpf.FlushedError](err)
 		k.mu.Lock()
 		switch {
 		case errors.Is(err, bpf.ErrClosed), k.hook != hook: // by Close, or about to be
 			k.mu.Unlock()
 			return
-		case errors.Is(err, bpf.ErrFlushed):
+		case flushed != nil:
 			err = k.looks.flush(hook, k.deliver)
-			k.releaseBarrier()
+			k.flushes.reach(flushed.Number)
 			drained = true
 		case errors.Is(err, bpf.ErrDeadline):
 			drained, err = true, nil
@@ -257,42 +257,16 @@ func (k *Kernel) count(hook *bpf.Hook, now time.Time) error {
 	return nil
 }
 
-// barrierWait is how long a barrier waits. So much may come in that there is
-// always more to read.
-const barrierWait = 500 * time.Millisecond
-
 // barrier reports whether all events that were in the ring buffer at the time of
 // the call have been handed out. It waits for that, if not for long.
 func (k *Kernel) barrier(ctx context.Context) (done bool, err error) {
-	k.barriers.Lock()
-	defer k.barriers.Unlock()
 	k.mu.Lock()
-	hook := k.hook
-	if hook == nil {
-		k.mu.Unlock()
-		return true, nil
-	}
-	flushed := make(chan struct{})
-	k.flushed = flushed
+	hook, flushes := k.hook, k.flushes
 	k.mu.Unlock()
-	if err := hook.Flush(); err != nil {
-		return false, err
-	}
-	select {
-	case <-flushed:
+	if hook == nil {
 		return true, nil
-	case <-time.After(barrierWait):
-	case <-ctx.Done():
 	}
-	return false, nil
-}
-
-// releaseBarrier is called with k.mu held.
-func (k *Kernel) releaseBarrier() {
-	if k.flushed != nil {
-		close(k.flushed)
-		k.flushed = nil
-	}
+	return flushes.wait(ctx, hook.Flush)
 }
 
 // Lost returns how many events the kernel could not put into the ring buffer.

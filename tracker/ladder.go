@@ -64,6 +64,7 @@ func (t *Tracker) climb() (other bool) {
 	}
 	if rung, err := t.climbHook(); err == nil {
 		t.stepOff()
+		t.ladder.portErr = nil // what was wrong there does not matter now
 		t.choose(rung)
 		return true
 	}
@@ -81,10 +82,11 @@ func (t *Tracker) climbHook() (Rung, error) {
 		return RungNone, err
 	}
 	t.mu.Lock()
-	t.dumped = max(t.dumped, boot)
+	t.dumped, t.hookErr = max(t.dumped, boot), nil
 	t.mu.Unlock()
 	fallback, err := t.cfg.Kernel.follow(t.id(), t.ladder.peerCount, &subscriber{
-		event: t.event, settled: t.settled, lost: t.lost, missed: t.wantDump, broken: t.breaks,
+		event: t.event, settled: t.settled, lost: t.lost, missed: t.wantDump,
+		broken: t.hookBreaks,
 	})
 	switch {
 	case err != nil:
@@ -108,7 +110,10 @@ func (t *Tracker) climbPort() (other bool) {
 	t.sessions, t.unnamed, t.hinted, t.since = newSessions(), nil, 0, time.Now()
 	t.mu.Unlock()
 	t.ladder.tap, t.ladder.portErr = t.cfg.Port.follow(t.cfg.Space, t.ladder.port, t.ladder.peerCount,
-		&portSubscriber{t.uplinkEvent, t.uplinkLost, t.breaks})
+		&portSubscriber{
+			event: t.uplinkEvent, foreign: t.wantDump, lost: t.uplinkLost,
+			broken: func(error) { t.wakeBroken() }, // the tap knows why
+		})
 	if t.ladder.portErr != nil {
 		t.choose(RungPolling)
 		return false
@@ -132,16 +137,26 @@ func (t *Tracker) stepOff() {
 	t.ladder.tap = nil
 }
 
-// fall leaves a rung that broke. It is not tried again before the next sweep.
-func (t *Tracker) fall(err error) {
-	if t.Status().Rung == RungPort {
+// fall leaves a rung that broke. It is not tried again before the next sweep. It
+// reports whether there was one: the news may be of one that has been left.
+func (t *Tracker) fall() bool {
+	t.mu.Lock()
+	hookErr := t.hookErr
+	t.hookErr = nil
+	t.mu.Unlock()
+	rung := t.Status().Rung
+	switch {
+	case t.ladder.tap != nil && t.ladder.tap.s.alive() != nil:
+		t.ladder.portErr = t.ladder.tap.s.alive()
 		t.stepOff()
-		t.ladder.portErr = err
 		t.choose(RungPolling)
-		return
+	case hooked(rung) && hookErr != nil:
+		t.ladder.hookErr = hookErr
+		t.climbPort()
+	default:
+		return false
 	}
-	t.ladder.hookErr = err
-	t.climbPort()
+	return true
 }
 
 // look looks after the device's socket: whether it is still at its port, or, if

@@ -6,9 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam/bpf"
@@ -33,6 +35,9 @@ type Port struct {
 // reads the ring buffer: it must not wait for anything.
 type portSubscriber struct {
 	event func(bpf.UplinkEvent)
+	// foreign is called instead of event for what looks like the device's own, and
+	// comes from an address that is none of the namespace's.
+	foreign func()
 	// lost is called when events are missing.
 	lost func()
 	// broken is called when the program is gone for good.
@@ -44,16 +49,17 @@ type space struct {
 	ns     *wg.Space // our own; nil for that of the process
 	uplink *bpf.Uplink
 	stop   context.CancelFunc
-	runs   sync.WaitGroup // the watcher of links, and the reader
+	runs   sync.WaitGroup // the watchers of links and addresses, and the reader
 
-	mu      sync.Mutex
-	subs    map[uint16]*portSubscriber
-	lost    uint64
-	links   map[int]error // by index: nil where the program is attached
-	broken  error
-	flushed chan struct{} // closed when the ring buffer has been emptied
+	mu     sync.Mutex
+	subs   map[uint16]*portSubscriber
+	lost   uint64
+	links  map[int]error       // by index: nil where the program is attached
+	ours   map[netip.Addr]bool // the namespace's addresses
+	broken error
 
-	barriers sync.Mutex // one at a time
+	flushes flusher
+	pace    pace // of looking for an address that is not known; the reader's
 }
 
 // tap is a device's place at a port.
@@ -62,6 +68,9 @@ type tap struct {
 	s    *space
 	id   uint32
 	port uint16
+	// named is the namespace under the name that it was found by; nil if it is the
+	// device's or the process's.
+	named *wg.Space
 }
 
 var errPortClosed = errors.New("port program is closed")
@@ -80,7 +89,7 @@ func (p *Port) follow(home *wg.Space, port uint16, peers int, sub *portSubscribe
 	if p.closed {
 		return nil, errPortClosed
 	}
-	ns, err := locate(home, port)
+	ns, named, err := locate(home, port)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +111,7 @@ func (p *Port) follow(home *wg.Space, port uint16, peers int, sub *portSubscribe
 		p.spaces = make(map[uint32]*space)
 	}
 	p.spaces[id] = s
-	t := &tap{p: p, s: s, id: id, port: port}
+	t := &tap{p: p, s: s, id: id, port: port, named: named}
 	if err := s.follow(port, sub); err != nil {
 		p.release(t)
 		return nil, err
@@ -171,8 +180,14 @@ func (t *tap) guess(home *wg.Space) (bool, error) {
 	return bound(home, t.port)
 }
 
-// bound reports whether the socket is still there.
-func (t *tap) bound() (bool, error) { return bound(t.s.ns, t.port) }
+// bound reports whether the socket is still there, and so is the namespace, which we
+// would keep for ever.
+func (t *tap) bound() (bool, error) {
+	if !t.named.Current() {
+		return false, nil
+	}
+	return bound(t.s.ns, t.port)
+}
 
 // suppressed returns how many hints the kernel has held back, for whatever
 // device.
@@ -204,34 +219,84 @@ func openSpace(ns *wg.Space, peers int) (*space, error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	s := &space{
-		ns: ns, uplink: uplink, stop: stop,
+		ns: ns, uplink: uplink, stop: stop, pace: pace{least: lookAgain},
 		subs: make(map[uint16]*portSubscriber), links: make(map[int]error),
 	}
 	s.runs.Go(s.read)
-	attached := make(chan error, 1) // of the first look at the links
-	s.runs.Go(func() {
-		err := ns.Do(func() error {
-			return wg.WatchLinks(ctx, func() {
-				err := s.attach()
-				select {
-				case attached <- err:
-				default:
-				}
-			})
-		})
-		if err != nil {
-			s.breaks(err)
-		}
-		select {
-		case attached <- err:
-		default:
-		}
-	})
-	if err := <-attached; err != nil {
+	// Addresses first, so that the first event finds them.
+	err = s.watch(ctx, wg.WatchAddrs, s.addresses)
+	if err == nil {
+		err = s.watch(ctx, wg.WatchLinks, s.attach)
+	}
+	if err != nil {
 		s.close()
 		return nil, err
 	}
 	return s, nil
+}
+
+// watch keeps looking in the namespace, on a thread there, until ctx ends. It returns
+// the error of the first look.
+func (s *space) watch(ctx context.Context, watch func(context.Context, func()) error, look func() error) error {
+	looked := make(chan error, 1)
+	say := func(err error) {
+		select {
+		case looked <- err:
+		default:
+		}
+	}
+	s.runs.Go(func() {
+		err := s.ns.Do(func() error {
+			return watch(ctx, func() { say(look()) })
+		})
+		if err != nil {
+			s.breaks(err)
+		}
+		say(err)
+	})
+	return <-looked
+}
+
+// addresses notes which addresses the namespace has. It runs on a thread there.
+func (s *space) addresses() error {
+	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err) // as when they change meanwhile; that wakes us again
+	}
+	ours := make(map[netip.Addr]bool, len(list))
+	for _, a := range list {
+		if addr, ok := netip.AddrFromSlice(a.IP); ok {
+			ours[addr.Unmap()] = true
+		}
+	}
+	s.mu.Lock()
+	s.ours = ours
+	s.mu.Unlock()
+	return nil
+}
+
+// lookAgain is how often an address that is not known is looked for: it may be so new
+// that we have yet to be told of it.
+const lookAgain = 100 * time.Millisecond
+
+// own reports whether an event is of a packet of this namespace. A guest on a macvlan
+// or ipvlan above one of its links can send what looks like that, to the port's
+// programs, from its own address.
+func (s *space) own(e bpf.UplinkEvent) bool {
+	known := func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.ours[e.Near]
+	}
+	if e.Kind == bpf.UplinkHint || known() {
+		return true
+	}
+	began := time.Now()
+	if s.pace.rest(began) > 0 || s.ns.Do(s.addresses) != nil {
+		return false
+	}
+	s.pace.did(began, time.Now())
+	return known()
 }
 
 // attach attaches the program to links that are new, and lets go of those that
@@ -309,19 +374,23 @@ func (s *space) alive() error {
 func (s *space) read() {
 	for {
 		e, _, err := s.uplink.Read()
+		flushed, _ := errors.AsType[*bpf.FlushedError](err)
+		own := err == nil && s.own(e)
 		s.mu.Lock()
+		sub := s.subs[e.Port]
 		switch {
 		case errors.Is(err, bpf.ErrClosed):
-			s.releaseBarrier()
+			s.flushes.end()
 			s.mu.Unlock()
 			return
-		case errors.Is(err, bpf.ErrFlushed):
-			s.releaseBarrier()
+		case flushed != nil:
+			s.flushes.reach(flushed.Number)
 			err = nil
-		case err == nil:
-			if sub := s.subs[e.Port]; sub != nil {
-				sub.event(e)
-			}
+		case err != nil || sub == nil:
+		case own:
+			sub.event(e)
+		default:
+			sub.foreign()
 		}
 		if err == nil {
 			err = s.count()
@@ -351,7 +420,7 @@ func (s *space) count() error {
 func (s *space) breaks(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.releaseBarrier()
+	s.flushes.end()
 	if s.broken != nil {
 		return
 	}
@@ -377,33 +446,5 @@ func (s *space) close() error {
 // barrier reports whether all events that were in the ring buffer at the time of
 // the call have been handed out. It waits for that, if not for long.
 func (t *tap) barrier(ctx context.Context) (done bool, err error) {
-	s := t.s
-	s.barriers.Lock()
-	defer s.barriers.Unlock()
-	s.mu.Lock()
-	if s.broken != nil {
-		s.mu.Unlock()
-		return true, nil
-	}
-	flushed := make(chan struct{})
-	s.flushed = flushed
-	s.mu.Unlock()
-	if err := s.uplink.Flush(); err != nil {
-		return false, err
-	}
-	select {
-	case <-flushed:
-		return true, nil
-	case <-time.After(barrierWait):
-	case <-ctx.Done():
-	}
-	return false, nil
-}
-
-// releaseBarrier is called with s.mu held.
-func (s *space) releaseBarrier() {
-	if s.flushed != nil {
-		close(s.flushed)
-		s.flushed = nil
-	}
+	return t.s.flushes.wait(ctx, t.s.uplink.Flush)
 }

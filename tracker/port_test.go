@@ -23,6 +23,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/bpf"
 	"github.com/wgroam/wgroam/internal/lab"
 	"github.com/wgroam/wgroam/internal/wg"
 )
@@ -644,7 +645,7 @@ func TestPortElsewhere(t *testing.T) {
 	run(t, here, "touch", "/run/netns/"+name)
 	run(t, here, "mount", "--bind", gw.NetNS(), "/run/netns/"+name)
 	t.Cleanup(func() {
-		run(t, here, "umount", "/run/netns/"+name)
+		_ = exec.Command("umount", "/run/netns/"+name).Run() // the test may have done it
 		run(t, here, "rm", "/run/netns/"+name)
 	})
 	space, err := wg.OpenSpace(target)
@@ -652,11 +653,14 @@ func TestPortElsewhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer space.Close()
-	found, err := locate(space, lab.ListenPort)
+	found, named, err := locate(space, lab.ListenPort)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer found.Close()
+	if named != found {
+		t.Error("not found by its name")
+	}
 	var want uint32
 	if err := gw.Do(func() (err error) { want, err = wg.Netns(); return err }); err != nil {
 		t.Fatal(err)
@@ -664,9 +668,124 @@ func TestPortElsewhere(t *testing.T) {
 	if got, err := found.Inode(); got != want || err != nil {
 		t.Errorf("found the socket in %d (%v), want %d", got, err, want)
 	}
-	if _, err := locate(space, 1); !errors.Is(err, errNoSocket) {
+	if _, _, err := locate(space, 1); !errors.Is(err, errNoSocket) {
 		t.Errorf("a port that nobody has: %v", err)
 	}
+
+	// The name goes. Who stayed would keep the namespace for ever.
+	var p Port
+	defer p.Close()
+	tap, err := p.follow(space, lab.ListenPort, 1, &portSubscriber{
+		event: func(bpf.UplinkEvent) {}, foreign: func() {}, lost: func() {}, broken: func(error) {},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tap.close()
+	if ok, err := tap.bound(); !ok || err != nil {
+		t.Errorf("the socket is there: %v, %v", ok, err)
+	}
+	// A step home, when there is a socket, too.
+	if ok, err := tap.guess(space); ok || err != nil {
+		t.Errorf("a guess, with no socket at home: %v, %v", ok, err)
+	}
+	err = space.Do(func() error {
+		c, err := net.ListenPacket("udp4", fmt.Sprintf(":%d", lab.ListenPort))
+		if err == nil {
+			t.Cleanup(func() { c.Close() })
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := tap.guess(space); !ok || err != nil {
+		t.Errorf("a guess, with a socket at home: %v, %v", ok, err)
+	}
+	if home, named, err := locate(space, lab.ListenPort); err != nil || named != nil {
+		t.Errorf("located under a name (%v), not at home: %v", named, err)
+	} else {
+		home.Close()
+	}
+	run(t, here, "umount", "-l", "/run/netns/"+name)
+	if ok, err := tap.bound(); ok || err != nil {
+		t.Errorf("the name is gone: %v, %v", ok, err)
+	}
+}
+
+// TestPortForeign: a guest on a macvlan of the gateway's uplink sends what looks like
+// the gateway's data, and somebody else gives the hint. Nobody believes it.
+func TestPortForeign(t *testing.T) {
+	needIP(t)
+	l := newLab(t, lab.Config{})
+	gw, c := l.Gateways[0], l.Clients[0]
+	tap := tapOf(t, gw)
+	v := start(t, gw, ported(t))
+	reach(t, c)
+	v.provenAt(c, c.Endpoint())
+	hint := tap.next(device.MessageTransportType)
+	v.silence()
+	run(t, gw.Do, "ip", "link", "add", "guest", "link", "lan0", "type", "macvlan")
+	guest := l.Gateways[1]
+	run(t, gw.Do, "ip", "link", "set", "guest", "netns", guest.NetNS())
+	run(t, guest.Do, "ip", "link", "set", "guest", "up")
+
+	conn, forged := attacker(t, l.Gateways[1])
+	send(t, conn, hint) // repeated, which WireGuard drops
+	v.Tracker.mu.Lock()
+	var remote uint32
+	for remote = range v.sessions.remote {
+	}
+	v.Tracker.mu.Unlock()
+	payload := make([]byte, 32)
+	payload[0] = device.MessageTransportType
+	binary.LittleEndian.PutUint32(payload[4:], remote)
+	resyncs := v.Status().Resyncs
+	err := guest.Do(func() error {
+		return sendRaw("guest", netip.MustParseAddrPort("192.0.2.77:"+strconv.Itoa(lab.ListenPort)), forged, payload)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		await(t, "a dump", func() bool { return v.Status().Resyncs > resyncs })
+		resyncs = v.Status().Resyncs
+		v.wantDump()
+	}
+	v.only(c, c.Endpoint())
+	// It has seen the packet, as the first one of the session that goes elsewhere.
+	var ep netip.AddrPort
+	if ep, err = c.RoamPort(); err != nil {
+		t.Fatal(err)
+	}
+	reach(t, c)
+	v.provenAt(c, ep)
+}
+
+// sendRaw sends a UDP datagram over IPv4 from whatever address.
+func sendRaw(link string, from, to netip.AddrPort, payload []byte) error {
+	ifi, err := net.InterfaceByName(link)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	b := []byte{0x45, 0}
+	b = binary.BigEndian.AppendUint16(b, uint16(28+len(payload)))
+	b = append(b, 0, 1, 0, 0, 64, unix.IPPROTO_UDP, 0, 0)
+	b = append(b, from.Addr().AsSlice()...)
+	b = append(b, to.Addr().AsSlice()...)
+	b = binary.BigEndian.AppendUint16(b, from.Port())
+	b = binary.BigEndian.AppendUint16(b, to.Port())
+	b = binary.BigEndian.AppendUint16(b, uint16(8+len(payload)))
+	b = append(b, 0, 0)
+	proto := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_IP))
+	return unix.Sendto(fd, append(b, payload...), 0, &unix.SockaddrLinklayer{
+		Ifindex: ifi.Index, Protocol: proto, Halen: 6, Addr: [8]byte{2, 0, 0, 0, 0, 1},
+	})
 }
 
 // TestPortLinks: a link that comes later is watched, and forgotten when it goes.

@@ -17,16 +17,17 @@ import (
 // errNoSocket: there is nothing to watch, now. It may come.
 var errNoSocket = errors.New("no UDP socket is bound to the device's port: set the link up, or start its implementation")
 
-// named is where ip netns keeps the namespaces that have a name.
-const named = "/run/netns"
+// names is where ip netns keeps the namespaces that have a name.
+const names = "/run/netns"
 
 // locate finds the network namespace that has a device's UDP socket: that of the
 // link (home) first, then the process's, then those with a name. A link can be
 // moved to another namespace than its socket, which stays. The caller closes
-// what it gets, which is nil for the process's. The error wraps errNoSocket.
-func locate(home *wg.Space, port uint16) (*wg.Space, error) {
+// ns, which is nil for the process's; named is the same if it was found by a name.
+// The error wraps errNoSocket.
+func locate(home *wg.Space, port uint16) (ns, named *wg.Space, err error) {
 	if port == 0 {
-		return nil, errNoSocket
+		return nil, nil, errNoSocket
 	}
 	var errs []error
 	look := func(ns *wg.Space) bool {
@@ -36,22 +37,21 @@ func locate(home *wg.Space, port uint16) (*wg.Space, error) {
 	}
 	if home != nil && look(home) {
 		// One of our own, which outlives the caller's.
-		var ns *wg.Space
 		err := home.Do(func() (err error) {
 			ns, err = wg.OpenSpace("/proc/thread-self/ns/net")
 			return err
 		})
-		return ns, err
+		return ns, nil, err
 	}
 	if look(nil) {
-		return nil, nil
+		return nil, nil, nil
 	}
-	entries, err := os.ReadDir(named)
+	entries, err := os.ReadDir(names)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		errs = append(errs, err)
 	}
 	for _, e := range entries {
-		ns, err := wg.OpenSpace(filepath.Join(named, e.Name()))
+		ns, err := wg.OpenSpace(filepath.Join(names, e.Name()))
 		if errors.Is(err, wg.ErrNoSpace) {
 			continue // another kind of file, or gone
 		}
@@ -60,19 +60,33 @@ func locate(home *wg.Space, port uint16) (*wg.Space, error) {
 			continue
 		}
 		if look(ns) {
-			return ns, nil
+			return ns, ns, nil
 		}
 		ns.Close()
 	}
 	if err := errors.Join(errs...); err != nil {
-		return nil, fmt.Errorf("%w: %w", errNoSocket, err)
+		return nil, nil, fmt.Errorf("%w: %w", errNoSocket, err)
 	}
-	return nil, fmt.Errorf("%w (port %d)", errNoSocket, port)
+	return nil, nil, fmt.Errorf("%w (port %d)", errNoSocket, port)
 }
 
 // bound reports whether a UDP socket in a namespace is bound to a port and
 // connected to nowhere. WireGuard's in the kernel is as visible as any.
 func bound(ns *wg.Space, port uint16) (ok bool, err error) {
+	// The kernel goes through its sockets page by page, and counts those that it has
+	// shown. When one of these is closed meanwhile, it skips another.
+	return either(func() (bool, error) { return listedIn(ns, port) })
+}
+
+// either reports whether one of two looks finds something.
+func either(look func() (bool, error)) (bool, error) {
+	if ok, err := look(); ok || err != nil {
+		return ok, err
+	}
+	return look()
+}
+
+func listedIn(ns *wg.Space, port uint16) (ok bool, err error) {
 	err = ns.Do(func() error {
 		for _, file := range []string{"udp", "udp6"} {
 			table, err := os.ReadFile("/proc/thread-self/net/" + file)

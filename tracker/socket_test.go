@@ -52,3 +52,17 @@ func TestBound(t *testing.T) {
 		}
 	}
 }
+
+// TestBoundEither: one look may miss a socket.
+func TestBoundEither(t *testing.T) {
+	for _, test := range []struct {
+		looks []bool
+		want  bool
+	}{{[]bool{true}, true}, {[]bool{false, true}, true}, {[]bool{false, false}, false}} {
+		n := 0
+		got, err := either(func() (bool, error) { n++; return test.looks[n-1], nil })
+		if got != test.want || err != nil || n != len(test.looks) {
+			t.Errorf("%v: %v, %v after %d looks", test.looks, got, err, n)
+		}
+	}
+}

@@ -91,7 +91,7 @@ type Status struct {
 type Tracker struct {
 	cfg    Config
 	resync chan struct{} // a dump is wanted
-	broken chan error    // the rung broke
+	broken chan struct{} // the rung broke
 	pace   pace          // of dumps; Start's and Run's
 	ladder ladder        // Start's and Run's
 
@@ -101,6 +101,8 @@ type Tracker struct {
 	peers  map[wgroam.Key]*peer
 	places places
 	dumped time.Duration // CLOCK_BOOTTIME, when the newest dump began
+	// hookErr is why the hook broke, until Run has heard of it.
+	hookErr error
 
 	// On the rung port.
 	since    time.Time // when we came there
@@ -144,7 +146,7 @@ func New(cfg Config) *Tracker {
 	return &Tracker{
 		cfg:    cfg,
 		resync: make(chan struct{}, 1),
-		broken: make(chan error, 1),
+		broken: make(chan struct{}, 1),
 		pace:   pace{least: resyncDelay},
 		status: Status{Rung: RungNone},
 		peers:  make(map[wgroam.Key]*peer),
@@ -211,9 +213,10 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 		select {
 		case <-ctx.Done():
 			return nil
-		case broken := <-t.broken:
-			t.fall(broken)
-			err = t.dump(ctx, dumpResync)
+		case <-t.broken:
+			if t.fall() {
+				err = t.dump(ctx, dumpResync)
+			}
 		case <-tick.C:
 			why := dumpSweep
 			if due != nil {
@@ -329,10 +332,18 @@ func (t *Tracker) lost(first bool) {
 	t.cfg.Log.Warn("the kernel had more endpoint changes than the ring buffer could hold; taking the newest of each peer")
 }
 
-// breaks notes that the rung does not work any more.
-func (t *Tracker) breaks(err error) {
+// hookBreaks notes that the hook does not work any more.
+func (t *Tracker) hookBreaks(err error) {
+	t.mu.Lock()
+	t.hookErr = err
+	t.mu.Unlock()
+	t.wakeBroken()
+}
+
+// wakeBroken has Run look for a rung that broke.
+func (t *Tracker) wakeBroken() {
 	select {
-	case t.broken <- err:
+	case t.broken <- struct{}{}:
 	default:
 	}
 }
@@ -447,6 +458,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		if moved && spoke && dp.LastHandshake.IsZero() && held.Endpoint != dp.Endpoint {
 			// In the middle of the first handshake, or of one that was replayed
 			// and will not be completed. The next dump knows.
+			p.earlier, p.received = p.received, dp.Received
 			if !seen {
 				t.cfg.View.Set(dp.Key, wgroam.Holding{})
 			}

@@ -697,3 +697,40 @@ func TestKernelUnused(t *testing.T) {
 		t.Errorf("lost %d, limited %d", lost, limited)
 	}
 }
+
+// TestReplayNotCompleted: the bytes of a replayed initiation, which no handshake
+// followed, do not explain what an administrator configures later.
+func TestReplayNotCompleted(t *testing.T) {
+	f := newFed(t, RungFentry)
+	f.dumped(0, dumpStart, wg.Peer{Key: alice})
+	f.dumped(1000, dumpSweep, wg.Peer{Key: alice, Endpoint: at(2), Received: 148})
+	f.want(nil, nil)
+	f.dumped(2000, dumpSweep, wg.Peer{
+		Key: alice, Endpoint: at(3), Received: 148, LastHandshake: f.wall.Add(1500 * time.Millisecond),
+	})
+	f.want([]said{{alice, none, at(3), wgroam.CauseConfig}}, nil)
+}
+
+// TestFall: the news that a rung broke may come when we are on another.
+func TestFall(t *testing.T) {
+	gone := errors.New("gone")
+	for _, rung := range []Rung{RungPort, RungPolling} {
+		f := newFed(t, rung)
+		f.hookBreaks(gone)
+		<-f.broken
+		if f.fall() || f.Status().Rung != rung || f.ladder.hookErr != nil {
+			t.Errorf("the hook broke: %+v", f.Status())
+		}
+	}
+	f := newFed(t, RungFentry)
+	f.wakeBroken() // a port that was left
+	<-f.broken
+	if f.fall() || f.Status().Rung != RungFentry {
+		t.Errorf("the port broke: %+v", f.Status())
+	}
+	f.hookBreaks(gone)
+	<-f.broken
+	if s := f.Status(); !f.fall() || f.Status().Rung != RungPolling || !errors.Is(f.ladder.hookErr, gone) {
+		t.Errorf("the hook broke: was %+v, is %+v", s, f.Status())
+	}
+}
