@@ -32,7 +32,7 @@ type View struct {
 // NewView returns an empty View.
 func NewView() *View { return &View{peers: make(map[Key]Holding)} }
 
-// Notify marks the peers that change from now on in c.
+// Notify marks the peers that change, or go, from now on in c.
 func (v *View) Notify(c *Changes) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -62,6 +62,9 @@ func (v *View) Keep(keep func(Key) bool) {
 	for k := range v.peers {
 		if !keep(k) {
 			delete(v.peers, k)
+			if v.watcher != nil {
+				v.watcher.Mark(k)
+			}
 		}
 	}
 }

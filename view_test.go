@@ -42,7 +42,11 @@ func TestView(t *testing.T) {
 			"keep": func(t *rapid.T) {
 				gone := genPeer.Draw(t, "gone")
 				v.Keep(func(k Key) bool { return k != gone })
+				_, had := want[gone]
 				delete(want, gone)
+				if marked := len(changes.Take(9)) == 1; marked != had {
+					t.Fatalf("%v, known %v, is gone: marked %v", gone, had, marked)
+				}
 				if _, ok := v.Get(gone); ok {
 					t.Fatalf("%v is still there", gone)
 				}

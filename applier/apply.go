@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -35,6 +36,13 @@ const (
 	retryMost  = 30 * time.Second
 )
 
+// How long after a record of a peer that the device does not have the peer is
+// looked for, at first and at most.
+const (
+	searchFirst = time.Second
+	searchMost  = 64 * time.Second
+)
+
 // confirmWithin is how long the rest of a handshake may take, the time after
 // which an initiator tries again (messages.h, REKEY_TIMEOUT).
 const confirmWithin = 5 * time.Second
@@ -45,6 +53,11 @@ type Config struct {
 	Device Device
 	Table  *wgroam.Table
 	View   *wgroam.View
+	// Missing, if set, is called while there are records of peers that the device
+	// does not have as far as the View knows: a second after the last of them came,
+	// then after two, four ... 64 more, and every 64 from then on. It must not
+	// block.
+	Missing func()
 	// Written, if set, is told how long a record took from the Table into the
 	// device. It must not block.
 	Written func(time.Duration)
@@ -121,6 +134,10 @@ func (a *Applier) Run(ctx context.Context) {
 		// Peers in the middle of a handshake, to look at again.
 		doubts []wgroam.Key
 		doubt  <-chan time.Time
+		// Peers that the device does not have.
+		missing = make(map[wgroam.Key]struct{})
+		wait    time.Duration
+		search  <-chan time.Time
 	)
 	for {
 		select {
@@ -134,6 +151,15 @@ func (a *Applier) Run(ctx context.Context) {
 			}
 			clear(failed)
 			continue
+		case <-search:
+			search = nil
+			maps.DeleteFunc(missing, func(k wgroam.Key, _ struct{}) bool { return a.State(k) != StateWaiting })
+			if len(missing) > 0 {
+				a.cfg.Missing()
+				wait = min(2*wait, searchMost)
+				search = time.After(wait)
+			}
+			continue
 		case <-doubt:
 			doubt = nil
 			for _, k := range doubts {
@@ -142,7 +168,14 @@ func (a *Applier) Run(ctx context.Context) {
 			doubts = nil
 			continue
 		}
-		records, unconfirmed := a.batch(failed)
+		records, unconfirmed, absent := a.batch(failed)
+		for _, k := range absent {
+			if _, known := missing[k]; !known && a.cfg.Missing != nil {
+				missing[k] = struct{}{}
+				wait = searchFirst
+				search = time.After(wait)
+			}
+		}
 		for _, r := range a.apply(records) {
 			failed[r.Peer] = r.Version
 		}
@@ -160,9 +193,9 @@ func (a *Applier) Run(ctx context.Context) {
 }
 
 // batch returns the next endpoints to write, at most wg.ChunkPeers, but for
-// those that have failed, and the peers among those it has looked at whose
-// endpoint is unconfirmed.
-func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Record, unconfirmed []wgroam.Key) {
+// those that have failed, and of the peers that it has looked at those whose
+// endpoint is unconfirmed, and those that the device does not have.
+func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Record, unconfirmed, absent []wgroam.Key) {
 	var again []wgroam.Key
 	for len(out) < wg.ChunkPeers {
 		keys := a.changes.Take(wg.ChunkPeers - len(out))
@@ -183,6 +216,8 @@ func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Reco
 			switch {
 			case state == StateUnconfirmed:
 				unconfirmed = append(unconfirmed, k)
+			case state == StateWaiting:
+				absent = append(absent, k)
 			case state == StateNo && (!tried || v != r.Version):
 				out = append(out, r)
 			}
@@ -191,7 +226,7 @@ func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Reco
 	for _, k := range again {
 		a.changes.Mark(k)
 	}
-	return out, unconfirmed
+	return out, unconfirmed, absent
 }
 
 // decide compares the Table and the device on one peer. The state is empty when
@@ -203,6 +238,9 @@ func (a *Applier) decide(k wgroam.Key) (wgroam.Record, State) {
 	}
 	held, ok := a.cfg.View.Get(k)
 	if !ok {
+		a.mu.Lock()
+		delete(a.peers, k) // what we wrote is gone with the peer
+		a.mu.Unlock()
 		return r, StateWaiting
 	}
 	a.mu.Lock()

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -592,7 +593,7 @@ func TestFailedWriteKeepsNews(t *testing.T) {
 			return errDevice
 		}
 		table.Merge(record(key(1), at(2), 2))
-		records, _ := a.batch(nil)
+		records, _, _ := a.batch(nil)
 		if failed := a.apply(records); len(failed) != 1 {
 			t.Fatalf("%d failed, want 1", len(failed))
 		}
@@ -611,7 +612,7 @@ func TestApplierConverges(t *testing.T) {
 		a := New(Config{Name: "wg0", Device: d, Table: table, View: view, Log: quiet()})
 		waiting := map[wgroam.Key]bool{}
 		step := func() {
-			records, _ := a.batch(nil)
+			records, _, _ := a.batch(nil)
 			for _, r := range a.apply(records) {
 				waiting[r.Peer] = true
 			}
@@ -759,4 +760,54 @@ func (m *model) SetEndpoints(_ string, eps []wg.Endpoint) error {
 		m.configure(e.Peer, e.Endpoint)
 	}
 	return nil
+}
+
+// TestMissing: a peer that the device does not have is looked for soon, and then
+// ever more rarely, until it is there; one that is gone is looked for again.
+func TestMissing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, d, table := newApplier(t)
+		var looks []time.Duration
+		began := time.Now()
+		a.cfg.Missing = func() { looks = append(looks, time.Since(began)) }
+		run(t, a)
+		want := func(what string, want ...time.Duration) {
+			t.Helper()
+			synctest.Wait()
+			for i := range want {
+				want[i] *= time.Second
+			}
+			if !slices.Equal(looks, want) {
+				t.Errorf("%s: looked after %v, want %v", what, looks, want)
+			}
+			looks, began = nil, time.Now()
+		}
+		d.has(key(2), at(2), 0)
+		table.Merge(record(key(2), at(2), 1))
+		time.Sleep(time.Hour)
+		want("no peer is missing")
+
+		table.Merge(record(key(1), at(1), 1))
+		time.Sleep(10 * time.Second)
+		table.Merge(record(key(1), at(3), 2)) // it is known to be missing
+		time.Sleep(200 * time.Second)
+		want("a peer is missing", 1, 3, 7, 15, 31, 63, 127, 191)
+
+		d.has(key(1), netip.AddrPort{}, 0)
+		time.Sleep(time.Hour)
+		want("it is there")
+
+		d.mu.Lock()
+		delete(d.held, key(1))
+		d.mu.Unlock()
+		d.view.Keep(func(k wgroam.Key) bool { return k != key(1) })
+		time.Sleep(10 * time.Second)
+		want("it is gone", 1, 3, 7)
+		// Configuration management brings it back with what it knows.
+		d.has(key(1), at(9), wgroam.CauseConfig)
+		synctest.Wait()
+		if got := d.endpoints()[key(1)]; got != at(3) {
+			t.Errorf("the peer that came back is at %v, want %v", got, at(3))
+		}
+	})
 }

@@ -4,6 +4,7 @@ package applier
 
 import (
 	"context"
+	"fmt"
 	"iter"
 	"log/slog"
 	"maps"
@@ -28,6 +29,9 @@ const (
 	// skewAlarm is the difference between two clocks that is worth a warning.
 	// WireGuard peers ignore handshakes from a clock that is behind.
 	skewAlarm = time.Second
+	// futureFor is how long after the last record from the future it is still
+	// worth an alarm. While a node has any, it is asked more often than that.
+	futureFor = 6 * futileFor
 	// clockCheck is how soon it is noticed that the wall clock has been set back.
 	clockCheck = 250 * time.Millisecond
 	// sessionLife is how long a WireGuard session can be used without a new
@@ -102,6 +106,8 @@ type Merger struct {
 	nodes   map[wgroam.NodeID]*node
 	refused map[string]uint64
 	counted Counters
+	future  error     // says what was refused last for its stamp; nil when that is long ago
+	futured time.Time // when
 }
 
 // node is what is remembered of another node.
@@ -287,9 +293,8 @@ func (m *Merger) merge(r wgroam.Record, now time.Time) (welcome time.Time) {
 		return welcome
 	}
 	if err := m.cfg.Clock.Merge(r.Version.HLC, now); err != nil {
-		if m.refuse("skew") == 1 {
-			m.cfg.Log.Error("refused a record from the future: keep all nodes on NTP", "node", r.Version.Node, "err", err)
-		}
+		m.refuse("skew")
+		m.fromFuture(r, err, now)
 		return r.Version.HLC.Time().Add(-m.cfg.Clock.MaxSkew())
 	}
 	if r.Version.Node == m.cfg.Self && ours && held.Cause == wgroam.CauseSnapshot &&
@@ -304,12 +309,40 @@ func (m *Merger) merge(r wgroam.Record, now time.Time) (welcome time.Time) {
 	return welcome
 }
 
-// refuse counts a refused record and returns how many there were.
-func (m *Merger) refuse(why string) uint64 {
+// fromFuture raises the alarm about records from the future.
+func (m *Merger) fromFuture(r wgroam.Record, err error, now time.Time) {
+	name := m.NameOf(r.Version.Node)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.future == nil {
+		m.cfg.Log.Error("refusing records from the future: keep all nodes on NTP", "node", name, "err", err)
+	}
+	m.future, m.futured = fmt.Errorf("refusing records of node %s: %w", name, err), now
+}
+
+// Future returns why records of the last half minute were refused for their
+// stamps, nil if none were. It wraps wgroam.ErrSkew.
+func (m *Merger) Future() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.future
+}
+
+// calm ends the alarm about records from the future.
+func (m *Merger) calm(now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.future != nil && now.Sub(m.futured) > futureFor {
+		m.future = nil
+		m.cfg.Log.Info("no more records from the future")
+	}
+}
+
+// refuse counts a refused record.
+func (m *Merger) refuse(why string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.refused[why]++
-	return m.refused[why]
 }
 
 // Run asks other nodes for what is missing, until ctx ends.
@@ -322,6 +355,7 @@ func (m *Merger) Run(ctx context.Context) {
 			return
 		case <-tick.C:
 			now := m.cfg.Now()
+			m.calm(now)
 			if m.cfg.Clock.Ahead(now) {
 				m.rewind(wgroam.SetBack(last, now), now)
 			}

@@ -3,11 +3,14 @@
 package applier
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"iter"
+	"log/slog"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -826,4 +829,42 @@ func TestRewind(t *testing.T) {
 	if h := m.cfg.Clock.Stamp(now); h.Time().Sub(now) > m.cfg.Clock.MaxSkew() {
 		t.Errorf("the next stamp is %v from now", h.Time().Sub(now))
 	}
+}
+
+// TestFuture: records from the future raise an alarm once, for as long as they come.
+func TestFuture(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		m := known(t, nil)
+		m.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+		refuse := func() {
+			r := seen(1)
+			r.Version.HLC = wgroam.HLCAt(time.Now().Add(30 * time.Second))
+			m.Update(update(1, 1, r))
+		}
+		check := func(step string, alarm bool, lines int) {
+			t.Helper()
+			if err := m.Future(); errors.Is(err, wgroam.ErrSkew) != alarm || alarm && !strings.Contains(err.Error(), "gw-b") {
+				t.Errorf("%s: alarm %v", step, err)
+			}
+			if n := strings.Count(log.String(), "\n"); n != lines {
+				t.Errorf("%s: %d lines, want %d:\n%s", step, n, lines, &log)
+			}
+		}
+		check("nothing yet", false, 0)
+		for range 10 {
+			refuse()
+			m.calm(time.Now())
+			check("they come", true, 1)
+			time.Sleep(futureFor / 2)
+		}
+		time.Sleep(futureFor)
+		m.calm(time.Now())
+		check("they have stopped", false, 2)
+		refuse()
+		check("they come again", true, 3)
+		if n := m.Refused()["skew"]; n != 11 {
+			t.Errorf("%d refused, want 11", n)
+		}
+	})
 }

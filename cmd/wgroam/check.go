@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -49,6 +50,7 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	asJSON := fs.Bool("json", false, "print JSON")
 	file := fs.String("config", "", "configuration `file` of the daemon")
 	socket := fs.String("socket", "", "control socket of the daemon (default that of --config, or else "+defaultSocket+")")
+	feedOnly := fs.Bool("feed", false, "print nothing, and exit 1 unless every device's table is that of the group: for keepalived")
 	if err := parse(args); err != nil {
 		return err
 	}
@@ -66,6 +68,12 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	}
 	path := cmp.Or(*socket, cfg.ControlSocket, defaultSocket)
 	var status control.Status
+	if *feedOnly {
+		if err := control.Get(ctx, path, control.VerbStatus, &status); err != nil {
+			return err
+		}
+		return inStep(status)
+	}
 	switch err := control.Get(ctx, path, control.VerbStatus, &status); {
 	case errors.Is(err, control.ErrNoDaemon):
 		report.Checks = append(report.Checks, finding{
@@ -181,6 +189,30 @@ func checkDevice(d control.DeviceStatus) []finding {
 
 const missingDevice = "create the device and give it its private key, or correct its name in the configuration"
 
+// inStep returns an error that says which tables may lack something that another
+// node knows. A device without a feed has nobody to be in step with.
+func inStep(s control.Status) error {
+	var why []string
+	for _, d := range s.Devices {
+		name := where(d.Name, d.Netns)
+		switch {
+		case d.State == control.StateMissing, d.State == control.StateWaiting:
+			why = append(why, name+" is "+withReason(d.State, d.LastError))
+		case d.Feed.Mode != control.FeedNone && len(d.Feed.Nodes) == 0:
+			why = append(why, name+": no other node has been heard")
+		}
+		for _, n := range d.Feed.Nodes {
+			if n.State != control.NodeSynced {
+				why = append(why, fmt.Sprintf("%s: node %s is %s", name, cmp.Or(n.Name, n.ID), stateLine(n)))
+			}
+		}
+	}
+	if why != nil {
+		return fmt.Errorf("not in step: %s", strings.Join(why, ", "))
+	}
+	return nil
+}
+
 // skewWarn is the difference between two clocks that peers would notice after a
 // failover.
 const skewWarn = 1000 // ms
@@ -208,10 +240,10 @@ func checkFeed(d control.DeviceStatus) []finding {
 		}
 	}
 	for _, n := range d.Feed.Nodes {
-		detail := fmt.Sprintf("node %s is %s, clock %+d ms", n.Name, n.State, n.SkewMS)
+		detail := fmt.Sprintf("node %s is %s, clock %+d ms", n.Name, stateLine(n), n.SkewMS)
 		switch {
 		case n.State == control.NodeStale:
-			add(checkFail, detail, fmt.Sprintf("it has not been heard for %d ms: see wgroam status there", n.AgeMS))
+			add(checkFail, detail, "it is silent: see wgroam status there")
 		case max(n.SkewMS, -n.SkewMS) > skewWarn:
 			add(checkWarn, detail, "keep both nodes on NTP: peers ignore the handshakes of a clock that is behind for that long")
 		case n.Former:

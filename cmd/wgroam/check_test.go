@@ -3,6 +3,7 @@
 package main
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/wgroam/wgroam/internal/control"
@@ -50,6 +51,10 @@ func TestCheckStatus(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := healthy()
 			c.spoil(&d)
+			behind := slices.Contains([]string{"waiting", "missing", "unheard", "stale", "syncing"}, name)
+			if err := inStep(control.Status{Devices: []control.DeviceStatus{d}}); (err != nil) != behind {
+				t.Errorf("in step: %v", err)
+			}
 			found := false
 			for _, f := range checkStatus(control.Status{Node: "gw-a", Devices: []control.DeviceStatus{d}}) {
 				if f.Detail == "" || (f.Do == "") != (f.State == checkOK) {

@@ -206,7 +206,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	defer writer.Close()
 	s.applier = applier.New(applier.Config{
 		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
-		Written: d.d.lag.stage(d.cfg, stageApplied),
+		Written: d.d.lag.stage(d.cfg, stageApplied), Missing: s.tracker.Refresh,
 	})
 	pub := publisher.New(publisher.Config{
 		Table: s.table, Link: s.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,

@@ -87,6 +87,9 @@ func (d *device) status() control.DeviceStatus {
 			out.Waiting++
 		}
 	}
+	if err := s.merger.Future(); err != nil {
+		errs = append(errs, err.Error())
+	}
 	f := s.state.Status()
 	out.Snapshot = control.Snapshot{Path: f.Path, Written: f.Written, Records: f.Records, Writes: f.Writes, Errors: f.Errors}
 	if f.Err != nil {
@@ -241,8 +244,7 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 		if n.Former {
 			under = ", under former keys"
 		}
-		fmt.Fprintf(w, "  node %s\t%s, role %s, heard %d ms ago%s, clock %+d ms, %d records\n",
-			n.Name, n.State, n.Role, n.AgeMS, under, n.SkewMS, n.Records)
+		fmt.Fprintf(w, "  node %s\t%s%s, role %s, clock %+d ms, %d records\n", n.Name, stateLine(n), under, n.Role, n.SkewMS, n.Records)
 	}
 	for _, why := range slices.Sorted(maps.Keys(d.Feed.Refused)) {
 		if n := d.Feed.Refused[why]; n > 0 {
@@ -264,6 +266,14 @@ func printConnection(w io.Writer, c control.Connection) {
 		state = "not connected"
 	}
 	fmt.Fprintf(w, "  %s\t%s\n", c.Name, withReason(state, c.Error))
+}
+
+// stateLine is the state of a node, with how long it has been silent if it is.
+func stateLine(n control.NodeStatus) string {
+	if n.State != control.NodeStale {
+		return n.State
+	}
+	return fmt.Sprintf("%s %.1fs", n.State, float64(n.AgeMS)/1000)
 }
 
 func withReason(state, reason string) string {
