@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"sync"
+	"time"
 )
 
 // Buckets is the number of digest buckets of a Table.
@@ -72,6 +73,9 @@ type Table struct {
 	peers    map[Key]entry
 	digests  Digests
 	watchers []tableWatcher
+	maxAge   time.Duration // zero: records are kept for ever
+	newest   HLC
+	horizon  HLC // no older record is kept
 }
 
 type tableWatcher struct {
@@ -83,6 +87,50 @@ type tableWatcher struct {
 // whoever can choose the contents of a record, such as a roaming peer.
 func NewTable(digestKey [32]byte) *Table {
 	return &Table{digestKey: digestKey, peers: make(map[Key]entry)}
+}
+
+// ageSteps is in how many steps a record ages: each takes a walk through the table.
+const ageSteps = 32
+
+// KeepFor makes the Table forget, and refuse, records that are older than its
+// newest one by more than age and a 32nd. It goes by HLC, for records without
+// terms.
+//
+// What is too old follows from the records alone, and from no clock: tables that
+// have seen the same records forget the same, and what one of them has forgotten
+// does not come back from another that is about to.
+func (t *Table) KeepFor(age time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.maxAge = age
+	t.forget()
+}
+
+// Horizon is the stamp below which records are refused.
+func (t *Table) Horizon() HLC {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.horizon
+}
+
+// forget moves the horizon to where the newest record puts it. t.mu is held.
+func (t *Table) forget() {
+	if t.maxAge == 0 {
+		return
+	}
+	newest := t.newest.Time().UnixMilli()
+	newest -= newest % max(1, t.maxAge.Milliseconds()/ageSteps)
+	horizon := HLCAt(time.UnixMilli(newest).Add(-t.maxAge))
+	if horizon <= t.horizon {
+		return
+	}
+	t.horizon = horizon
+	for k, e := range t.peers {
+		if e.hlc < horizon {
+			delete(t.peers, k)
+			t.digests[BucketOf(k)] ^= e.hash
+		}
+	}
 }
 
 // Notify marks the peers of all records that win from now on, and that want
@@ -97,6 +145,9 @@ func (t *Table) Notify(c *Changes, want func(Record) bool) {
 func (t *Table) Merge(r Record) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if r.Version.HLC < t.horizon {
+		return false
+	}
 	old, known := t.peers[r.Peer]
 	if known && r.compare(old.record(r.Peer)) <= 0 {
 		return false
@@ -106,6 +157,8 @@ func (t *Table) Merge(r Record) bool {
 	// An unknown peer's old hash is zero.
 	t.digests[BucketOf(r.Peer)] ^= old.hash ^ e.hash
 	t.notify(r)
+	t.newest = max(t.newest, r.Version.HLC)
+	t.forget()
 	return true
 }
 
@@ -139,6 +192,12 @@ func (t *Table) Revise(change func(Record) (Record, bool)) {
 		t.digests[BucketOf(k)] ^= old.hash ^ e.hash
 		t.notify(r)
 	}
+	// The newest record may be an older one now.
+	t.newest, t.horizon = 0, 0
+	for _, e := range t.peers {
+		t.newest = max(t.newest, e.hlc)
+	}
+	t.forget()
 }
 
 func (t *Table) hash(r Record) uint64 {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
@@ -351,5 +352,82 @@ func TestTableRevise(t *testing.T) {
 	}
 	if !got.Merge(record(0, 1)) {
 		t.Error("an older record still wins")
+	}
+}
+
+// TestTableAges: what is too old follows from the records that a table has seen, in
+// whatever order, and nothing that is younger is forgotten.
+func TestTableAges(t *testing.T) {
+	const age = 320 * time.Millisecond
+	tableOf := func(records ...Record) *Table {
+		t := NewTable(digestKey)
+		t.KeepFor(age)
+		for _, r := range records {
+			t.Merge(r)
+		}
+		return t
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		records := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) Record {
+			r := genRecord.Draw(t, "record")
+			r.Version.Term = 0
+			r.Version.HLC = HLCAt(time.UnixMilli(10_000 + rapid.Int64Range(0, 1000).Draw(t, "ms")))
+			return r
+		}), 1, 40).Draw(t, "records")
+		newest := slices.MaxFunc(records, func(a, b Record) int { return a.Version.Compare(b.Version) }).Version.HLC.Time()
+
+		one := tableOf(records...)
+		for _, r := range records {
+			old := newest.Sub(r.Version.HLC.Time())
+			got, ok := one.Get(r.Peer)
+			switch {
+			case !ok && old <= age:
+				t.Errorf("%v old, and forgotten: %+v", old, r)
+			case ok && newest.Sub(got.Version.HLC.Time()) > age+age/ageSteps:
+				t.Errorf("%v old, and kept: %+v", newest.Sub(got.Version.HLC.Time()), got)
+			}
+			if one.Merge(r) {
+				t.Errorf("merged twice: %+v", r)
+			}
+		}
+		i := rapid.IntRange(0, len(records)).Draw(t, "i")
+		a, b := tableOf(records[:i]...), tableOf(records[i:]...)
+		late := NewTable(digestKey)
+		for _, r := range records {
+			late.Merge(r)
+		}
+		late.KeepFor(age)
+		for how, got := range map[string]*Table{
+			"shuffled":         tableOf(shuffled(t, records)...),
+			"by way of tables": tableOf(append(a.Records(), b.Records()...)...),
+			"all at once":      late,
+		} {
+			if diff := cmp.Diff(contents(one), contents(got), cmpAddrPort); diff != "" || one.Digests() != got.Digests() {
+				t.Errorf("%s (-want +got):\n%s", how, diff)
+			}
+		}
+	})
+}
+
+// TestTableAgesBack: when the newest record turns out to be from a clock that was
+// ahead, older ones are welcome again.
+func TestTableAgesBack(t *testing.T) {
+	table := NewTable(digestKey)
+	table.KeepFor(time.Hour)
+	start := time.UnixMilli(1_700_000_000_000)
+	seen := func(peer byte, after time.Duration) Record {
+		return Record{
+			Peer: Key{peer}, Endpoint: netip.MustParseAddrPort("198.51.100.7:1"), Cause: CauseData,
+			Version: Version{HLC: HLCAt(start.Add(after)), Node: 1},
+		}
+	}
+	table.Merge(seen(1, 0))
+	table.Merge(seen(2, 100*time.Hour))
+	if table.Len() != 1 || table.Merge(seen(1, 0)) {
+		t.Fatalf("%d records, want the newest alone", table.Len())
+	}
+	table.Revise(func(Record) (Record, bool) { return seen(2, 0), true })
+	if !table.Merge(seen(1, 0)) || table.Len() != 2 {
+		t.Errorf("%d records, want both", table.Len())
 	}
 }

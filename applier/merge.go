@@ -283,6 +283,10 @@ func (m *Merger) merge(r wgroam.Record, now time.Time) (welcome time.Time) {
 		m.refuse("endpoint")
 		return welcome
 	}
+	if r.Version.HLC < m.cfg.Table.Horizon() {
+		m.refuse("aged")
+		return welcome
+	}
 	held, ours := m.cfg.View.Get(r.Peer)
 	current, known := m.cfg.Table.Get(r.Peer)
 	if known && r.Version.Compare(current.Version) < 0 {
@@ -496,8 +500,8 @@ func (m *Merger) Counters() Counters {
 	return m.counted
 }
 
-// Refused returns how many records were refused, by reason: endpoint, full,
-// skew.
+// Refused returns how many records were refused, by reason: aged,
+// endpoint, full, skew.
 func (m *Merger) Refused() map[string]uint64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -868,3 +868,70 @@ func TestFuture(t *testing.T) {
 		}
 	})
 }
+
+// TestAged: nodes forget old records at the same record, whatever their clocks say,
+// and are quiet then: what one has forgotten is not asked for again.
+func TestAged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const age = time.Hour
+		var ends [2]*Merger
+		asked := 0
+		for i := range ends {
+			table := wgroam.NewTable([32]byte{})
+			table.KeepFor(age)
+			ends[i] = NewMerger(MergerConfig{
+				Self: wgroam.NodeID(10 + i), Table: table, Clock: wgroam.NewClock(10 * time.Second), View: wgroam.NewView(), Log: quiet(),
+				Feed: askFunc(func(_ context.Context, _ wgroam.NodeID, have *wgroam.Digests) ([]wgroam.Record, error) {
+					asked++
+					return ends[1-i].cfg.Table.Differing(have), nil
+				}),
+			})
+		}
+		sees := func(i, peer int) wgroam.Record {
+			r := record(key(peer), at(peer), 0)
+			r.Version = wgroam.Version{HLC: wgroam.HLCAt(time.Now()), Node: ends[i].cfg.Self}
+			ends[i].cfg.Table.Merge(r)
+			return r
+		}
+		beats := func(rounds int) {
+			for range rounds {
+				time.Sleep(feed.DefaultInterval)
+				for i, from := range ends {
+					to := ends[1-i]
+					to.Beat(feed.Beat{Header: feed.Header{Node: from.cfg.Self, Boot: 1}, Time: time.Now(), Digest: from.sum()})
+					for id := to.next(); id != 0; id = to.next() {
+						to.sync(t.Context(), id)
+					}
+				}
+			}
+		}
+		old := sees(0, 1)
+		beats(4)
+		sees(0, 2)
+		beats(4)
+		if n := ends[1].cfg.Table.Len(); n != 2 {
+			t.Fatalf("the other one has %d records of 2", n)
+		}
+		time.Sleep(2 * age)
+		beats(4) // nothing is new, and nothing forgotten
+		if n := ends[0].cfg.Table.Len(); n != 2 {
+			t.Errorf("%d records of a group that has slept, want 2", n)
+		}
+		sees(1, 3)
+		beats(4)
+		asked = 0
+		beats(1000)
+		for i, m := range ends {
+			if records := m.cfg.Table.Records(); len(records) != 1 || records[0].Peer != key(3) || m.sum() != ends[0].sum() {
+				t.Errorf("node %d has %+v, want the newest alone", i, records)
+			}
+			m.Restore([]wgroam.Record{old}) // as from a snapshot of long ago
+			if n := m.Refused()["aged"]; n == 0 || m.cfg.Table.Len() != 1 {
+				t.Errorf("node %d took an old record back", i)
+			}
+		}
+		if asked != 0 {
+			t.Errorf("asked %d times with equal tables", asked)
+		}
+	})
+}

@@ -61,9 +61,12 @@ type Config struct {
 	// with most causes right after Changed. A handshake initiation can be a
 	// replay, on a node that has not heard of the peer before, and is proven
 	// when the handshake has been completed.
-	//
-	// Neither function may wait for anything.
 	Proven func(wgroam.Observation)
+	// Alive, if set, is called in every dump for each peer that has an endpoint and
+	// has ever completed a handshake, with the time of the last one.
+	//
+	// None of these functions may wait for anything.
+	Alive func(peer wgroam.Key, at netip.AddrPort, handshake time.Time)
 	// Poll is the interval of the polling rung.
 	Poll time.Duration
 	// Sweep is the interval of the safety net.
@@ -439,6 +442,9 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 	present := make(map[wgroam.Key]bool, len(d.Peers))
 	for _, dp := range d.Peers {
 		present[dp.Key] = true
+		if t.cfg.Alive != nil && dp.Endpoint.IsValid() && !dp.LastHandshake.IsZero() {
+			t.cfg.Alive(dp.Key, dp.Endpoint, dp.LastHandshake)
+		}
 		p, known := t.peers[dp.Key]
 		if !known {
 			p = t.add(dp.Key)

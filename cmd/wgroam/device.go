@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -261,6 +262,7 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 	// A table of its own for every session, because nobody takes leave of a
 	// table; what the group knows goes from one to the next.
 	table := wgroam.NewTable(keys.DigestKey())
+	table.KeepFor(d.d.cfg.MaxAge)
 	// In the file of new keys there is nothing yet.
 	s.state = snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: keys, Table: table, Log: d.log})
 	if d.table == nil {
@@ -294,6 +296,9 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 			if d.d.public != nil && isChange(o) {
 				d.d.public.Publish(keys, d.event(o, time.Now()))
 			}
+		},
+		Alive: func(peer wgroam.Key, at netip.AddrPort, handshake time.Time) {
+			s.renew(peer, at, handshake, d.d.cfg.MaxAge/2)
 		},
 		Poll: d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
 	})
@@ -371,6 +376,18 @@ func (d *device) event(o wgroam.Observation, seen time.Time) control.Event {
 	e := control.NewEvent(d.cfg.Name, o, seen)
 	e.Netns = d.cfg.Netns
 	return e
+}
+
+// renew gives the record of a peer that still is where it was the time of its last
+// handshake, when it is older than that by so much. Or it would be forgotten for
+// its age while the peer is alive.
+func (s *session) renew(peer wgroam.Key, at netip.AddrPort, handshake time.Time, after time.Duration) {
+	r, ok := s.table.Get(peer)
+	if !ok || r.Endpoint != at || handshake.Sub(r.Version.HLC.Time()) < after || handshake.After(time.Now()) {
+		return
+	}
+	r.Version.HLC, r.Version.Node = wgroam.HLCAt(handshake), s.feed.Self()
+	s.table.Merge(r)
 }
 
 // isChange tells news from what was there when we came.

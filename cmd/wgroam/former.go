@@ -106,6 +106,7 @@ func (d *device) join(s *session, keys formerKeys, server *natsd.Server) error {
 		keys: keys, table: wgroam.NewTable(keys.DigestKey()),
 		toUs: wgroam.NewChanges(), from: wgroam.NewChanges(),
 	}
+	m.table.KeepFor(d.d.cfg.MaxAge)
 	m.leave = func() {
 		if server != nil {
 			server.RemoveGroup(keys.Keys)

@@ -131,7 +131,7 @@ func (s *session) feedStatus(out *control.FeedStatus) {
 	out.Refused = map[string]uint64{
 		"short": c.Short, "version": c.Version, "type": c.Type, "key_id": c.KeyID, "auth": c.Auth,
 		"malformed": c.Malformed, "old": c.Old, "echo": c.OwnEcho, "name_clash": c.NameClash,
-		"endpoint": 0, "full": 0, "skew": 0,
+		"aged": 0, "endpoint": 0, "full": 0, "skew": 0,
 	}
 	maps.Copy(out.Refused, s.merger.Refused())
 }

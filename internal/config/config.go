@@ -20,6 +20,8 @@ type Config struct {
 	Events  Events
 	// MaxSkew is how far ahead of this node's clock another node's may be.
 	MaxSkew time.Duration
+	// MaxAge is how much older than the newest record one may be.
+	MaxAge time.Duration
 	// KeepalivedFIFO is the absolute path of keepalived's vrrp_notify_fifo; "" for
 	// none.
 	KeepalivedFIFO string

@@ -45,6 +45,7 @@ func TestForDevice(t *testing.T) {
 		}},
 		NATS:          NATS{Heartbeat: 250 * time.Millisecond},
 		MaxSkew:       10 * time.Second,
+		MaxAge:        720 * time.Hour,
 		StateDir:      "/var/lib/wgroam",
 		ControlSocket: "/run/wgroam/control.sock",
 	}
@@ -184,6 +185,7 @@ peers = [
 heartbeat = "1s"
 [feed]
 max_skew = "3s"
+max_age = "48h"
 [state]
 dir = "/srv/wgroam/"
 [control]
@@ -215,6 +217,7 @@ listen = "127.0.0.1:9586"
 			Heartbeat: time.Second,
 		},
 		MaxSkew:       3 * time.Second,
+		MaxAge:        48 * time.Hour,
 		StateDir:      "/srv/wgroam",
 		ControlSocket: "/srv/wgroam.sock",
 		MetricsListen: "127.0.0.1:9586",

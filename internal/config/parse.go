@@ -81,6 +81,7 @@ type rawTLS struct {
 
 type rawFeed struct {
 	MaxSkew string `toml:"max_skew"`
+	MaxAge  string `toml:"max_age"`
 }
 
 type rawKeepalived struct {
@@ -110,7 +111,7 @@ func defaults() raw {
 			SweepInterval: "5m",
 		}},
 		NATS:    rawNATS{Heartbeat: "250ms"},
-		Feed:    rawFeed{MaxSkew: "10s"},
+		Feed:    rawFeed{MaxSkew: "10s", MaxAge: "720h"},
 		State:   rawState{Dir: "/var/lib/wgroam"},
 		Control: rawControl{Socket: "/run/wgroam/control.sock"},
 	}
@@ -228,6 +229,7 @@ func (p *parser) config(r raw) Config {
 		Node:           r.Node,
 		NATS:           p.nats(r.NATS, def.NATS),
 		MaxSkew:        p.duration(-1, "feed.max_skew", cmp.Or(r.Feed.MaxSkew, def.Feed.MaxSkew), 10*time.Millisecond, time.Hour),
+		MaxAge:         p.duration(-1, "feed.max_age", cmp.Or(r.Feed.MaxAge, def.Feed.MaxAge), time.Hour, 10*365*24*time.Hour),
 		KeepalivedFIFO: p.path(-1, "keepalived.fifo", r.Keepalived.FIFO),
 
 		StateDir:      p.path(-1, "state.dir", cmp.Or(r.State.Dir, def.State.Dir)),

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/feed"
+)
+
+// TestRenew: the record of a peer that completes handshakes does not age, unless it
+// says something else than the device.
+func TestRenew(t *testing.T) {
+	keys, err := feed.Derive([32]byte{1}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	link, err := feed.New(feed.Config{Name: "gw-a", Keys: keys, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const after = time.Hour
+	now := time.Now().Truncate(time.Millisecond)
+	at, other := netip.MustParseAddrPort("198.51.100.7:1"), netip.MustParseAddrPort("198.51.100.7:2")
+	peer := wgroam.Key{1}
+	for name, c := range map[string]struct {
+		seen, handshake time.Duration // ago
+		at              netip.AddrPort
+		renewed         bool
+	}{
+		"old, and alive":          {3 * after, time.Minute, at, true},
+		"not so old":              {after / 2, time.Minute, at, false},
+		"old, and silent":         {3 * after, 3*after - time.Minute, at, false},
+		"elsewhere in the device": {3 * after, time.Minute, other, false},
+		"in the future":           {3 * after, -time.Minute, at, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &session{table: wgroam.NewTable([32]byte{}), feed: link}
+			s.renew(peer, at, now, after)
+			if s.table.Len() != 0 {
+				t.Error("a record out of nothing")
+			}
+			was := wgroam.Record{
+				Peer: peer, Endpoint: at, Cause: wgroam.CauseData,
+				Version: wgroam.Version{HLC: wgroam.HLCAt(now.Add(-c.seen)), Node: 2},
+			}
+			s.table.Merge(was)
+			s.renew(peer, c.at, now.Add(-c.handshake), after)
+			want := was
+			if c.renewed {
+				want.Version = wgroam.Version{HLC: wgroam.HLCAt(now.Add(-c.handshake)), Node: link.Self()}
+			}
+			if got, _ := s.table.Get(peer); got != want {
+				t.Errorf("got %+v, want %+v", got, want)
+			}
+		})
+	}
+}
