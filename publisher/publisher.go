@@ -227,7 +227,9 @@ func (p *Publisher) answer(ctx context.Context) {
 			if r == nil {
 				break
 			}
-			if err := p.cfg.Link.Answer(ctx, r, p.cfg.Table.Differing(&r.Have)); err != nil {
+			records := p.cfg.Table.Differing(&r.Have)
+			p.asked.sent(r, len(records))
+			if err := p.cfg.Link.Answer(ctx, r, records); err != nil {
 				p.cfg.Log.Debug("answer to a sync request cut short", "node", r.Node, "err", err)
 			}
 		}

@@ -13,6 +13,10 @@ import (
 // maxAskers bounds the memory of who asked.
 const maxAskers = 64
 
+// perRecord is how much later a node is answered again for each record that it
+// got: 100 000 a second are some 7 MB.
+const perRecord = 10 * time.Microsecond
+
 // limit says how often there is an answer at most, and how many times at once
 // after a pause.
 type limit struct {
@@ -106,6 +110,15 @@ func (q *requests) forget(now time.Time) bool {
 		}
 	}
 	return false
+}
+
+// sent notes how many records were the answer to a request.
+func (q *requests) sent(r *feed.Request, records int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if a := q.askers[name{r.Node, r.Unproven}]; a != nil {
+		a.full = a.full.Add(time.Duration(records) * perRecord)
+	}
 }
 
 // next returns the request that has waited longest, or nil.

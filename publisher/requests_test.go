@@ -106,6 +106,31 @@ func TestRequestsRate(t *testing.T) {
 	}
 }
 
+// TestRequestsOfAll: a node that asks for a large table all the time, over and over,
+// gets no more than so many records a second, whichever life it says to be.
+func TestRequestsOfAll(t *testing.T) {
+	const seconds, table = 20, 100_000
+	q, now := newRequests(), time.Unix(1000, 0)
+	records := map[bool]int{}
+	for i := range seconds * 50 {
+		now = now.Add(20 * time.Millisecond)
+		for _, unproven := range []bool{false, true} {
+			r := ask(1, i%3, i+1)
+			r.Unproven = unproven
+			q.addAt(r, now)
+		}
+		for r := q.next(); r != nil; r = q.next() {
+			records[r.Unproven] += table
+			q.sent(r, table)
+		}
+	}
+	for unproven, n := range records {
+		if most := (seconds + 3) * int(time.Second/perRecord); n > most || n < most/3 {
+			t.Errorf("%d records in %d s, want %d at most (unproven: %v)", n, seconds, most, unproven)
+		}
+	}
+}
+
 func TestRequestsBounded(t *testing.T) {
 	q, now := newRequests(), time.Unix(1000, 0)
 	for i := range 10 * maxAskers {
