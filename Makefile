@@ -8,6 +8,8 @@ RUN    ?= .
 MINUTES ?= 20
 # How many minutes soak goes on, and from which seed; 0 draws one.
 LIFE ?= 30
+# How long fuzz gives each target.
+FUZZTIME ?= 1m
 SEED ?= 0
 # The packages whose tests also run in the machine, on a kernel with WireGuard.
 VM_PACKAGES ?= ./bpf ./internal/wg ./tracker ./test
@@ -25,7 +27,7 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 export PATH    := $(CURDIR)/bin:$(CURDIR)/$(TOOLS):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-model test-net test-vm vm-tests vm-tests-arm64 test-selftest soak lint drift bench generate deps install clean
+.PHONY: help build demo test test-unit test-model test-net test-vm vm-tests vm-tests-arm64 test-selftest soak fuzz lint drift bench generate deps install clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +39,7 @@ demo: build ## Show a roam and a failover on this machine, in network namespaces
 	bin/wgroam demo
 
 test: deps ## Install what is missing and run every test there is
-	@MAKE='$(MAKE)' test/tools/ladder lint drift test-unit test-model test-net $(KERNEL:%=test-vm-%) $(AMD64:%=test-selftest-%)
+	@MAKE='$(MAKE)' test/tools/ladder lint drift test-unit test-model fuzz test-net $(KERNEL:%=test-vm-%) $(AMD64:%=test-selftest-%)
 
 test-unit: ## Run the unit tests
 	go test -race -v -run '$(RUN)' $$(go list ./... | grep -v '/test$$')
@@ -86,6 +88,9 @@ bench: build ## Run the benchmarks here and on Debian's kernels in QEMU: KERNEL=
 		($(call in-guest,benchmarks,$$kernel,-test.run '^$$' -test.bench '$(RUN)' -test.benchtime 1x,bin/wgroam)) 2>&1 | \
 			tee .cache/bench/$$kernel.txt || status=1; \
 	done; exit $$status
+
+fuzz: ## Fuzz what decodes bytes from outside: FUZZTIME=10s
+	test/tools/fuzz $(FUZZTIME)
 
 # Here, and then on each kernel.
 soak: VM_PACKAGES = ./test

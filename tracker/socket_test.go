@@ -3,6 +3,8 @@
 package tracker
 
 import (
+	"bytes"
+	"fmt"
 	"net"
 	"testing"
 )
@@ -65,4 +67,14 @@ func TestBoundEither(t *testing.T) {
 			t.Errorf("%v: %v, %v after %d looks", test.looks, got, err, n)
 		}
 	}
+}
+
+func FuzzListed(f *testing.F) {
+	f.Add([]byte(udpTable), uint16(51820))
+	f.Add([]byte(udp6Table), uint16(51822))
+	f.Fuzz(func(t *testing.T, table []byte, port uint16) {
+		if listed(table, port) && !bytes.Contains(bytes.ToUpper(table), fmt.Appendf(nil, "%X", port)) {
+			t.Errorf("finds port %d in %q", port, table)
+		}
+	})
 }

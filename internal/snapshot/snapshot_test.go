@@ -86,9 +86,19 @@ func TestDecode(t *testing.T) {
 
 func FuzzDecode(f *testing.F) {
 	keys := keysOf(f, 8)
-	f.Add(Encode(keys, []wgroam.Record{record(1)}))
-	f.Add([]byte{})
-	f.Fuzz(func(t *testing.T, file []byte) {
+	genuine := Encode(keys, []wgroam.Record{record(1)})
+	plain, err := record(1).AppendBinary(nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(genuine[:headerSize], genuine[headerSize:], false)
+	f.Add(genuine[:headerSize], plain, true)
+	f.Add([]byte{}, []byte{}, false)
+	f.Fuzz(func(t *testing.T, header, body []byte, seal bool) {
+		if seal { // a member's, so that what is behind the seal is read as well
+			body = keys.Seal(header, body)
+		}
+		file := slices.Concat(header, body)
 		whole := slices.Clone(file)
 		records, err := Decode(keys, file)
 		if err == nil && len(whole) < headerSize+len(records)*wgroam.RecordSize {
