@@ -37,6 +37,7 @@ type Desk struct {
 	cfg DeskConfig
 
 	mu      sync.Mutex
+	changed chan struct{} // the role has
 	words   words
 	since   time.Time // of the role
 	heard   time.Time // the last authenticated packet that a standby got
@@ -45,7 +46,7 @@ type Desk struct {
 
 // NewDesk returns a Desk that knows what the memory does.
 func NewDesk(cfg DeskConfig) *Desk {
-	d := &Desk{cfg: cfg, since: time.Now(), watches: make(map[Alarm]*watch)}
+	d := &Desk{cfg: cfg, since: time.Now(), changed: make(chan struct{}, 1), watches: make(map[Alarm]*watch)}
 	for _, a := range Alarms {
 		d.watches[a] = &watch{}
 	}
@@ -87,6 +88,10 @@ func (d *Desk) Say(by Source, role Role) error {
 	if after != before {
 		d.since = time.Now()
 		d.cfg.Log.Info("the role has changed", "role", after, "by", decides)
+		select {
+		case d.changed <- struct{}{}:
+		default:
+		}
 	}
 	if by == ByVIP {
 		return nil // it can be seen again
@@ -96,6 +101,10 @@ func (d *Desk) Say(by Source, role Role) error {
 	}
 	return nil
 }
+
+// Changed returns a channel that delivers after the role has changed, to one
+// reader.
+func (d *Desk) Changed() <-chan struct{} { return d.changed }
 
 // Heard notes that a peer was authenticated by this node at that time.
 func (d *Desk) Heard(at time.Time) {

@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
+	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/snapshot"
 )
 
@@ -33,6 +36,23 @@ type Memory struct {
 type memory struct {
 	Boot  string `json:"boot"` // as /proc/sys/kernel/random/boot_id
 	Words words  `json:"words"`
+	// Gate: there may be a gate of ours.
+	Gate bool `json:"gate,omitempty"`
+	// Taken is what was taken from the device to keep it quiet; nil if nothing was.
+	Taken *taken `json:"taken,omitempty"`
+}
+
+// taken is what a device is to get back.
+type taken struct {
+	Ifindex    int                          `json:"ifindex"`
+	Keepalives map[wgroam.Key]time.Duration `json:"keepalives,omitempty"` // those that were on
+	settings
+	// Reset: the sessions are gone since it became a standby.
+	Reset bool `json:"reset,omitempty"`
+	// Promoted is when it began to get it back; zero while it is a standby.
+	Promoted time.Time `json:"promoted,omitzero"`
+	// Called: the peers have been called, and only something else is not back.
+	Called bool `json:"called,omitempty"`
 }
 
 // OpenMemory reads the memory of a device, named as in the status, in the state
@@ -76,6 +96,44 @@ func (m *Memory) keepWords(verb, vrrp Role) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.data.Words.Verb, m.data.Words.VRRP = verb, vrrp
+	return m.write()
+}
+
+// taken returns what was taken from an interface; nil if nothing was, or it was
+// another interface, which is gone with all that it had.
+func (m *Memory) taken(ifindex int) *taken {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.data.Taken == nil || m.data.Taken.Ifindex != ifindex {
+		return nil
+	}
+	t := *m.data.Taken
+	t.Keepalives = maps.Clone(t.Keepalives)
+	return &t
+}
+
+// keepTaken keeps what was taken; nil if all is given back.
+func (m *Memory) keepTaken(t *taken) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.data.Taken = t
+	return m.write()
+}
+
+// gate tells whether there may be a gate of ours.
+func (m *Memory) gate() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.data.Gate
+}
+
+func (m *Memory) keepGate(there bool) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.data.Gate == there {
+		return nil
+	}
+	m.data.Gate = there
 	return m.write()
 }
 

@@ -27,7 +27,7 @@ const (
 type finding struct {
 	Device string `json:"device"`          // empty: the node
 	Netns  string `json:"netns,omitempty"` // as in the status
-	Check  string `json:"check"`           // config, daemon, privilege, btf, hook, port, events, role, device, detector, losses, applier, snapshot, feed, metrics
+	Check  string `json:"check"`           // config, daemon, privilege, btf, hook, port, events, role, failover, device, detector, losses, applier, snapshot, feed, metrics
 	State  string `json:"state"`           // ok, warn, fail
 	Detail string `json:"detail"`
 	Do     string `json:"do"` // what to do about it; empty when ok
@@ -165,6 +165,9 @@ func checkDevice(d control.DeviceStatus) []finding {
 	if d.State == control.StateMissing || d.State == control.StateWaiting {
 		add("device", checkFail, withReason(d.State, d.LastError), missingDevice)
 		return out
+	}
+	if d.Failover.Error != "" {
+		add("failover", checkFail, d.Failover.Error, "see the log of the daemon")
 	}
 	add("device", checkOK, fmt.Sprintf("%s, %d peers", d.State, d.Peers), "")
 	switch d.Detector.Rung {

@@ -118,6 +118,7 @@ type device struct {
 	d    *daemon
 	log  *slog.Logger
 	desk *failover.Desk
+	mem  *failover.Memory
 
 	mu      sync.Mutex
 	current *session // nil while there is no such link
@@ -151,6 +152,7 @@ type session struct {
 	feed    *feed.Link
 	tracker *tracker.Tracker
 	applier *applier.Applier
+	keeper  *failover.Keeper
 	merger  *applier.Merger
 	state   *snapshot.File
 	former  []*member
@@ -209,12 +211,22 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
 		Written: d.d.lag.stage(d.cfg, stageApplied), Missing: s.tracker.Refresh,
 	})
+	keeping, err := space.Open()
+	if err != nil {
+		return err
+	}
+	defer keeping.Close()
+	s.keeper = d.newKeeper(s, keeping)
 	pub := publisher.New(publisher.Config{
 		Table: s.table, Link: s.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,
 		Sent: d.d.lag.stage(d.cfg, stageSent),
 	})
+	g, ctx := errgroup.WithContext(ctx)
+	// At once: a standby must not speak while the other parts take their time.
+	g.Go(func() error { return s.keeper.Run(ctx) })
 	if err := s.tracker.Start(); err != nil {
-		return err
+		g.Go(func() error { return err }) // which ends ctx
+		return g.Wait()
 	}
 	// After the tracker: sessions that have lived on know better.
 	s.restore(d.log)
@@ -234,7 +246,6 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		d.mu.Unlock()
 	}()
 
-	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.tracker.Run(ctx) })
 	g.Go(func() error { s.applier.Run(ctx); return nil })
 	g.Go(func() error { s.merger.Run(ctx); return nil })

@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"text/tabwriter"
 	"time"
 
+	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/applier"
 	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
@@ -28,6 +30,7 @@ func newDevice(d *daemon, dc config.Device) (*device, error) {
 	if err != nil {
 		dev.log.Error("what the verb role and keepalived said last is not known", "err", err)
 	}
+	dev.mem = memory
 	fixed := failover.Role(dc.Role)
 	if dc.Role == config.RoleAuto {
 		fixed = ""
@@ -56,6 +59,36 @@ func (d *device) actives() []string {
 		}
 	}
 	return out
+}
+
+// newKeeper returns the keeper of a session, which has all its other parts.
+func (d *device) newKeeper(s *session, client *wg.Client) *failover.Keeper {
+	return failover.NewKeeper(failover.KeeperConfig{
+		Device: client, Name: s.link.Name, Ifindex: s.link.Ifindex, Space: s.space,
+		Desk: d.desk, Memory: d.mem, Silent: d.cfg.Standby == config.StandbySilent, VIP: d.cfg.VIP,
+		Settled: func() bool {
+			return !slices.ContainsFunc(s.table.Records(), func(r wgroam.Record) bool { return s.applier.State(r.Peer) == applier.StateNo })
+		},
+		Seen: func(k wgroam.Key) time.Time {
+			r, ok := s.table.Get(k)
+			if !ok {
+				return time.Time{}
+			}
+			return r.Version.HLC.Time()
+		},
+		Behind: func() time.Duration {
+			var most time.Duration
+			for _, n := range s.merger.Nodes() {
+				most = max(most, n.Skew)
+			}
+			// Less than this is the way of a heartbeat, and no clock's fault.
+			if most < skewWarn*time.Millisecond {
+				return 0
+			}
+			return most
+		},
+		Log: d.log,
+	})
 }
 
 // feedRole is the role as the others hear of it.
@@ -133,6 +166,24 @@ func (d *daemon) setRole(name, word string) error {
 		return fmt.Errorf("this daemon has no device %s: wgroam status names those that it has", name)
 	}
 	return errors.Join(errs...)
+}
+
+// keeperStatus adds what the keeper makes of the device.
+func (s *session) keeperStatus(out *control.Failover) {
+	k := s.keeper.Status()
+	out.State = k.State
+	if k.Err != nil {
+		out.Error = k.Err.Error()
+	}
+	if p := k.Last; !p.Began.IsZero() {
+		out.Promotion = &control.Promotion{
+			Began: p.Began.UTC(), Ended: p.Ended, Peers: p.Peers, Called: p.Called, Answered: p.Answered, Silent: p.Silent, Unknown: p.Unknown,
+			P50MS: p.P50.Milliseconds(), P99MS: p.P99.Milliseconds(),
+		}
+		if !p.Ended.IsZero() {
+			out.Promotion.Ended = p.Ended.UTC()
+		}
+	}
 }
 
 // roleStatus adds the role to the status.

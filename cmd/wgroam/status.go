@@ -15,6 +15,7 @@ import (
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/applier"
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
 )
@@ -103,6 +104,7 @@ func (d *device) status() control.DeviceStatus {
 	}
 	out.LastError = strings.Join(errs, "; ")
 	s.feedStatus(&out.Feed)
+	s.keeperStatus(&out.Failover)
 	return out
 }
 
@@ -217,6 +219,17 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 	fmt.Fprintf(w, "role\t%s\n", roleLine(d))
 	for _, a := range d.Alarms {
 		fmt.Fprintf(w, "alarm\t%s: %s\n", a.Alarm, a.Detail)
+	}
+	if d.Failover.State != "" && d.Failover.State != failover.StateIdle || d.Failover.Error != "" {
+		fmt.Fprintf(w, "failover\t%s\n", withReason(d.Failover.State, d.Failover.Error))
+	}
+	if p := d.Failover.Promotion; p != nil {
+		ended := "going on"
+		if !p.Ended.IsZero() {
+			ended = "took " + p.Ended.Sub(p.Began).Round(time.Millisecond).String()
+		}
+		fmt.Fprintf(w, "  promotion\t%s ago, %s: %d of %d peers answered (p50 %d ms, p99 %d ms), %d silent, %d nobody knows where\n",
+			time.Since(p.Began).Round(time.Second), ended, p.Answered, p.Peers, p.P50MS, p.P99MS, p.Silent, p.Unknown)
 	}
 	fmt.Fprintf(w, "detector\t%s\n", withReason(d.Detector.Rung, d.Detector.Reason))
 	fmt.Fprintf(w, "changes\t%d seen, %d held back, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Limited, d.Lost, d.Resyncs, d.SweepRepairs)

@@ -51,6 +51,9 @@ func testStatus() Status {
 			{
 				Name: "wg0", NetnsInode: 4026531840, Ifindex: 7, State: StateUp, Role: "standby", Standby: "silent",
 				RoleBy: "vrrp", RoleSince: time.Date(2026, 11, 23, 7, 0, 4, 0, zone),
+				Failover: Failover{"promoting", "no route", &Promotion{
+					time.Date(2026, 11, 23, 6, 0, 6, 0, time.UTC), time.Date(2026, 11, 23, 6, 0, 7, 0, time.UTC), 7, 6, 5, 4, 3, 2, 1,
+				}},
 				Alarms:   []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",

@@ -62,8 +62,9 @@ type DeviceStatus struct {
 	RoleSince  time.Time    `json:"role_since"`
 	Alarms     []RoleAlarm  `json:"alarms"`  // what is wrong with the roles; empty in health
 	Standby    string       `json:"standby"` // down, silent
-	VIP        []netip.Addr `json:"vip"`     // in the order of the configuration
-	Group      string       `json:"group"`   // group id; empty until the device's key is known
+	Failover   Failover     `json:"failover"`
+	VIP        []netip.Addr `json:"vip"`   // in the order of the configuration
+	Group      string       `json:"group"` // group id; empty until the device's key is known
 	Detector   Detector     `json:"detector"`
 
 	Events       uint64 `json:"events"`        // endpoint changes reported by the detector
@@ -89,6 +90,26 @@ type RoleAlarm struct {
 	Detail string    `json:"detail"` // for people
 	Do     string    `json:"do"`     // what to do about it
 	Since  time.Time `json:"since"`  // RFC 3339, UTC
+}
+
+// Failover is what became of the role.
+type Failover struct {
+	State     string     `json:"state"`               // idle: no role; quiet: standby; promoting, open: active; empty without a device
+	Error     string     `json:"error"`               // why the device is not what the role asks for; empty when it is
+	Promotion *Promotion `json:"promotion,omitempty"` // the last one, or the present; absent if there was none
+}
+
+// Promotion is how a device became that of an active.
+type Promotion struct {
+	Began    time.Time `json:"began"`          // RFC 3339, UTC
+	Ended    time.Time `json:"ended,omitzero"` // absent while it goes on
+	Peers    int       `json:"peers"`          // in the device
+	Called   int       `json:"called"`
+	Answered int       `json:"answered"` // have had a handshake since it began
+	Silent   int       `json:"silent"`   // were called, and have not answered
+	Unknown  int       `json:"unknown"`  // have no endpoint
+	P50MS    int64     `json:"p50_ms"`   // from when it began to the handshake, of those that answered
+	P99MS    int64     `json:"p99_ms"`
 }
 
 // Snapshot is the file that keeps the table.

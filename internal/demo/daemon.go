@@ -37,11 +37,10 @@ type daemon struct {
 }
 
 // daemonConfig is the configuration of the daemon on g. TOML reads Go's quotes.
-func daemonConfig(g, other *lab.Gateway, role, dir, socket string) string {
+func daemonConfig(g, other *lab.Gateway, dir, socket string) string {
 	return fmt.Sprintf(`node = %q
 [[device]]
 name = %q
-role = %q
 vip = [%q, %q]
 poll_interval = %q
 [nats]
@@ -51,10 +50,10 @@ peers = ["%v:4950"]
 dir = %q
 [control]
 socket = %q
-`, g.Name, g.Device(), role, lab.VIP4, lab.VIP6, poll, g.Addr4, other.Addr4, dir, socket)
+`, g.Name, g.Device(), lab.VIP4, lab.VIP6, poll, g.Addr4, other.Addr4, dir, socket)
 }
 
-func (s *show) startDaemon(g, other *lab.Gateway, role string) (*daemon, error) {
+func (s *show) startDaemon(g, other *lab.Gateway) (*daemon, error) {
 	d := &daemon{
 		gateway: g,
 		socket:  filepath.Join(s.dir, g.Name+".sock"),
@@ -67,7 +66,7 @@ func (s *show) startDaemon(g, other *lab.Gateway, role string) (*daemon, error) 
 	state, config := filepath.Join(s.dir, g.Name), filepath.Join(s.dir, g.Name+".toml")
 	err := os.Mkdir(state, 0o700)
 	if err == nil {
-		err = os.WriteFile(config, []byte(daemonConfig(g, other, role, state, d.socket)), 0o600)
+		err = os.WriteFile(config, []byte(daemonConfig(g, other, state, d.socket)), 0o600)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("prepare the daemon on gateway %s: %w", g.Name, err)

@@ -207,10 +207,10 @@ func (s *show) setUp(ctx context.Context) error {
 	if s.without, err = newSide(ctx); err != nil {
 		return err
 	}
-	if s.a, err = s.startDaemon(s.with.active(), s.with.standby(), "active"); err != nil {
+	if s.a, err = s.startDaemon(s.with.active(), s.with.standby()); err != nil {
 		return err
 	}
-	if s.h, err = s.startDaemon(s.with.standby(), s.with.active(), "standby"); err != nil {
+	if s.h, err = s.startDaemon(s.with.standby(), s.with.active()); err != nil {
 		return err
 	}
 	for _, d := range []*daemon{s.a, s.h} {

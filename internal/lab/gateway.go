@@ -232,11 +232,14 @@ func (g *Gateway) Revive() error {
 }
 
 func (g *Gateway) takeVIP() error {
-	return errors.Join(
+	err := errors.Join(
 		g.ns.addAddr(lanDev, host(VIP4)),
 		g.ns.addAddr(lanDev, host(VIP6)),
-		g.prefer(VIP4, VIP6),
 	)
+	if g.lab.ownSource {
+		return err
+	}
+	return errors.Join(err, g.prefer(VIP4, VIP6))
 }
 
 // dropVIP changes the routes first: the kernel removes a route together with

@@ -81,6 +81,9 @@ type Config struct {
 	Clients int
 	// Keepalive is the clients' persistent keepalive, in whole seconds; 0 is off.
 	Keepalive time.Duration
+	// OwnSource makes the routes of the gateways prefer their own addresses, also
+	// where the virtual IP is.
+	OwnSource bool
 	// Userspace makes the WireGuard devices wireguard-go's, whatever the kernel has.
 	Userspace bool
 	// GatewayProgram and ClientProgram are executables of wireguard-go that run the
@@ -98,10 +101,11 @@ type Lab struct {
 	// Kernel tells that the WireGuard devices are the kernel's.
 	Kernel bool
 
-	prefix  string // of the names of userspace devices
-	router  *namespace
-	clients *namespace
-	key     wgtypes.Key // the gateways' private key
+	ownSource bool
+	prefix    string // of the names of userspace devices
+	router    *namespace
+	clients   *namespace
+	key       wgtypes.Key // the gateways' private key
 
 	// mu guards what follows, the clients' addresses, and all changes to links
 	// against Close.
@@ -135,7 +139,7 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Lab{Kernel: !cfg.Userspace && KernelWireGuard(), prefix: prefix}
+	l := &Lab{ownSource: cfg.OwnSource, Kernel: !cfg.Userspace && KernelWireGuard(), prefix: prefix}
 	if err := l.build(ctx, cfg); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}

@@ -3,7 +3,7 @@
 // Package wg is wgroam's view of WireGuard's configuration interface: it reads a
 // device, writes endpoints into it, and says when links come and go. It is the
 // only package of the daemon that imports wgctrl, and it can write nothing but
-// endpoints.
+// endpoints and keepalive intervals.
 package wg
 
 import (
@@ -47,6 +47,8 @@ type Peer struct {
 	Endpoint netip.AddrPort
 	// LastHandshake is zero when there has been none.
 	LastHandshake time.Time
+	// Keepalive is the persistent keepalive interval in whole seconds; 0 is off.
+	Keepalive time.Duration
 	// Received counts the bytes that the peer has sent us.
 	Received int64
 }
@@ -168,6 +170,7 @@ func (c *Client) Device(name string) (Device, error) {
 				Key:           wgroam.Key(p.PublicKey),
 				Endpoint:      addrPort(p.Endpoint),
 				LastHandshake: p.LastHandshakeTime,
+				Keepalive:     p.PersistentKeepaliveInterval,
 				Received:      p.ReceiveBytes,
 			}
 			clear(p.PresharedKey[:])
@@ -214,6 +217,32 @@ func (c *Client) SetEndpoints(name string, eps []Endpoint) error {
 			PublicKey:  wgtypes.Key(e.Peer),
 			UpdateOnly: true,
 			Endpoint:   net.UDPAddrFromAddrPort(e.Endpoint),
+		}
+	}
+	return c.do(name, func(ctrl *wgctrl.Client) error { return ctrl.ConfigureDevice(name, cfg) })
+}
+
+// Keepalive is a persistent keepalive interval to write, in whole seconds from 0 to
+// MaxKeepalive.
+type Keepalive struct {
+	Peer     wgroam.Key
+	Interval time.Duration
+}
+
+// MaxKeepalive is the longest interval there is.
+const MaxKeepalive = 65535 * time.Second
+
+// SetKeepalives writes persistent keepalive intervals, with the same limits as
+// SetEndpoints. An interval that was 0 and is not any more makes an interface that
+// is up call the peer at once: by a keepalive if there is a session, else by a
+// handshake (netlink.c, set_peer).
+func (c *Client) SetKeepalives(name string, intervals []Keepalive) error {
+	cfg := wgtypes.Config{Peers: make([]wgtypes.PeerConfig, len(intervals))}
+	for i := range intervals {
+		cfg.Peers[i] = wgtypes.PeerConfig{
+			PublicKey:                   wgtypes.Key(intervals[i].Peer),
+			UpdateOnly:                  true,
+			PersistentKeepaliveInterval: &intervals[i].Interval,
 		}
 	}
 	return c.do(name, func(ctrl *wgctrl.Client) error { return ctrl.ConfigureDevice(name, cfg) })

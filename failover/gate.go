@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: MIT
+
+package failover
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// gate is an nftables table that says what may pass the UDP port of a device. It
+// stays as it is when the daemon ends, however it ends.
+type gate struct {
+	space *wg.Space
+	table *nftables.Table
+}
+
+func newGate(space *wg.Space, device string) *gate {
+	return &gate{space, &nftables.Table{Name: "wgroam-" + device, Family: nftables.TableFamilyINet}}
+}
+
+// shut returns what the gate says while it lets nothing of WireGuard in or out.
+func shut(port int) string { return fmt.Sprintf("wgroam: standby, port %d is shut", port) }
+
+// from returns what the gate says while all that WireGuard sends bears one of the
+// addresses.
+func from(vips []netip.Addr, port int) string {
+	return fmt.Sprintf("wgroam: active, port %d sends from %s", port, strings.Trim(fmt.Sprint(vips), "[]"))
+}
+
+// says returns what the gate says; empty if there is none.
+func (g *gate) says() string {
+	var says string
+	_ = g.space.Do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		// Without the table there is an error, which is an answer.
+		rules, err := conn.GetRules(g.table, &nftables.Chain{Name: "out"})
+		if err == nil && len(rules) > 0 {
+			says, _ = userdata.GetString(rules[0].UserData, userdata.TypeComment)
+		}
+		return err
+	})
+	return says
+}
+
+// change replaces the table, at one stroke, by one with what add adds.
+func (g *gate) change(add func(*nftables.Conn)) error {
+	return g.space.Do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return fmt.Errorf("nftables: %w", err)
+		}
+		// Without nf_tables, or while it is being loaded, the kernel answers a batch
+		// once (nfnetlink.c, nfnetlink_rcv_batch), and the library waits for an answer
+		// to each message.
+		if _, err := conn.ListTablesOfFamily(g.table.Family); err != nil {
+			return fmt.Errorf("no nftables: load nf_tables, and let wgroam have CAP_NET_ADMIN: %w", err)
+		}
+		conn.AddTable(g.table) // so that it can be deleted
+		conn.DelTable(g.table)
+		if add != nil {
+			conn.AddTable(g.table)
+			add(conn)
+		}
+		if err := conn.Flush(); err != nil {
+			return fmt.Errorf("nftables: %w", err)
+		}
+		return nil
+	})
+}
+
+// remove takes the gate away.
+func (g *gate) remove() error { return g.change(nil) }
+
+// shut lets nothing of WireGuard in or out.
+func (g *gate) shut(port int) error {
+	return g.change(func(conn *nftables.Conn) {
+		for _, way := range []struct {
+			name   string
+			hook   *nftables.ChainHook
+			offset uint32 // of the port in the UDP header
+		}{{"out", nftables.ChainHookOutput, 0}, {"in", nftables.ChainHookInput, 2}} {
+			conn.AddRule(&nftables.Rule{
+				Table: g.table, Chain: g.chain(conn, way.name, way.hook),
+				Exprs:    append(udpPort(way.offset, port), &expr.Verdict{Kind: expr.VerdictDrop}),
+				UserData: userdata.AppendString(nil, userdata.TypeComment, shut(port)),
+			})
+		}
+	})
+}
+
+// from gives all that WireGuard sends one of the addresses as its source, whatever
+// the routes say: the first of its family, unless it has another of them. An
+// endpoint that was set by netlink has no source, and one that a handshake was
+// retried for loses it (timers.c, wg_expired_retransmit_handshake).
+func (g *gate) from(vips []netip.Addr, port int) error {
+	return g.change(func(conn *nftables.Conn) {
+		// Before connection tracking, which then sees the address that answers go to.
+		chain := g.chain(conn, "out", nftables.ChainHookOutput)
+		for _, family := range []struct {
+			is          func(netip.Addr) bool
+			proto       byte
+			offset, len uint32 // of the source in the IP header
+			sum         uint32 // of the checksum there
+		}{
+			{netip.Addr.Is4, unix.NFPROTO_IPV4, 12, 4, 10},
+			// There is none, but the library does not ask for the one of UDP then. So
+			// it is the source itself, which is written last (nft_payload.c,
+			// nft_payload_set_eval).
+			{netip.Addr.Is6, unix.NFPROTO_IPV6, 8, 16, 8},
+		} {
+			exprs := append([]expr.Any{
+				&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family.proto}},
+			}, udpPort(0, port)...)
+			source := &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: family.offset, Len: family.len}
+			var first []byte
+			for _, vip := range vips {
+				if family.is(vip) {
+					exprs = append(exprs, source, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: vip.AsSlice()})
+					if first == nil {
+						first = vip.AsSlice()
+					}
+				}
+			}
+			if first == nil {
+				continue
+			}
+			conn.AddRule(&nftables.Rule{
+				Table: g.table, Chain: chain,
+				Exprs: append(exprs,
+					&expr.Immediate{Register: 1, Data: first},
+					&expr.Payload{
+						OperationType: expr.PayloadWrite, SourceRegister: 1, Base: source.Base, Offset: source.Offset, Len: source.Len,
+						// And that of UDP, which covers the address.
+						CsumType: expr.CsumTypeInet, CsumOffset: family.sum, CsumFlags: unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR,
+					}),
+				UserData: userdata.AppendString(nil, userdata.TypeComment, from(vips, port)),
+			})
+		}
+	})
+}
+
+func (g *gate) chain(conn *nftables.Conn, name string, hook *nftables.ChainHook) *nftables.Chain {
+	return conn.AddChain(&nftables.Chain{
+		Name: name, Table: g.table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRaw,
+	})
+}
+
+// udpPort matches a port at an offset of the UDP header.
+func udpPort(offset uint32, port int) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.BigEndian.AppendUint16(nil, uint16(port))},
+	}
+}

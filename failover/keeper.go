@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: MIT
+
+package failover
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// Device is what a Keeper does with WireGuard: wg.Client, or something that fails
+// as a kernel rarely does.
+type Device interface {
+	Device(name string) (wg.Device, error)
+	SetKeepalives(name string, intervals []wg.Keepalive) error
+}
+
+// KeeperConfig describes a Keeper.
+type KeeperConfig struct {
+	Device  Device
+	Name    string
+	Ifindex int
+	Space   *wg.Space // nil for the process's own
+	Desk    *Desk
+	Memory  *Memory
+	// Silent keeps the link of a standby up, and only the gate shut.
+	Silent bool
+	// VIP are the addresses that an active sends from; nil leaves that to the routes.
+	VIP []netip.Addr
+	// Settled reports whether the device holds every endpoint that is known.
+	Settled func() bool
+	// Seen returns when the group last saw a peer; zero if never.
+	Seen func(wgroam.Key) time.Time
+	// Behind returns by how much this host's clock is behind the group's.
+	Behind func() time.Duration
+	Log    *slog.Logger
+}
+
+// Keeper makes a device what the role asks for: one that nothing leaves and
+// nothing reaches, or one that calls its peers. It is a reconciler: whatever it
+// finds, after a crash or after somebody else's work, it goes on from there.
+type Keeper struct {
+	cfg  KeeperConfig
+	gate *gate
+
+	// Of Step alone.
+	role   Role      // at the last step
+	port   int       // at the last dump
+	dumped time.Time // with this role; zero if not yet
+
+	mu     sync.Mutex
+	status Status
+}
+
+// The states of a device.
+const (
+	StateIdle      = "idle"      // there is no role
+	StateQuiet     = "quiet"     // of a standby
+	StatePromoting = "promoting" // the peers are being called
+	StateOpen      = "open"      // of an active
+)
+
+// Status is what a Keeper can tell of itself.
+type Status struct {
+	State string
+	Err   error     // why the device is not what it should be
+	Last  Promotion // the last one, or the present; zero if there was none
+}
+
+// NewKeeper returns a Keeper for one life of a link. Nothing is done before Step or
+// Run.
+func NewKeeper(cfg KeeperConfig) *Keeper {
+	return &Keeper{cfg: cfg, gate: newGate(cfg.Space, cfg.Name), status: Status{State: StateIdle}}
+}
+
+// Status returns a copy of the current status.
+func (k *Keeper) Status() Status {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.status
+}
+
+const (
+	// keepEvery is how often link and gate are looked at, at least: nobody tells when
+	// somebody loads another ruleset.
+	keepEvery = time.Second
+	// dumpEvery is how often the device is read: nobody tells when somebody sets a
+	// port or a keepalive. The gate holds without that.
+	dumpEvery = 10 * time.Second
+)
+
+// Run keeps the device until ctx ends, and leaves it as it is then.
+func (k *Keeper) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	links := make(chan struct{}, 1)
+	watched := make(chan error, 1)
+	go func() {
+		watched <- k.cfg.Space.Do(func() error {
+			return wg.WatchLinks(ctx, func() {
+				select {
+				case links <- struct{}{}:
+				default:
+				}
+			})
+		})
+	}()
+	for {
+		step, cancel := context.WithCancel(ctx)
+		done := make(chan struct{})
+		go func() { defer close(done); k.Step(step) }()
+		changed := false
+		select {
+		case <-done:
+		case <-ctx.Done():
+		case <-k.cfg.Desk.Changed():
+			changed = true
+		}
+		cancel()
+		<-done
+		if changed {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			stop()
+			return <-watched
+		case err := <-watched:
+			return err
+		case <-k.cfg.Desk.Changed():
+		case <-links:
+		case <-time.After(keepEvery):
+		}
+	}
+}
+
+// Step does once what the role asks for. A promotion ends early with ctx, and goes
+// on with the next Step.
+func (k *Keeper) Step(ctx context.Context) {
+	role, _, _ := k.cfg.Desk.Role()
+	if role != k.role {
+		k.role, k.dumped = role, time.Time{}
+	}
+	var (
+		state string
+		err   error
+	)
+	switch role {
+	case Standby:
+		state, err = StateQuiet, k.quiet()
+	case Active:
+		state, err = StateOpen, k.open(ctx, k.cfg.VIP)
+	case Always:
+		state, err = StateIdle, k.open(ctx, nil)
+	default:
+		return // not known yet
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	k.mu.Lock()
+	before := k.status.Err
+	k.status.State, k.status.Err = state, err
+	k.mu.Unlock()
+	switch {
+	case err != nil && (before == nil || before.Error() != err.Error()):
+		k.cfg.Log.Error("the device is not what its role asks for; trying again", "role", role, "err", err)
+	case err == nil && before != nil:
+		k.cfg.Log.Info("the device is what its role asks for again", "role", role)
+	}
+}
+
+// called is the interval that a peer without one gets for its call. Nobody else
+// uses the longest there is, so that a peer with it is known to be one of ours,
+// also after a crash.
+const called = wg.MaxKeepalive
+
+// quiet makes the device one of a standby.
+func (k *Keeper) quiet() error {
+	link, err := k.link()
+	if err != nil {
+		return err
+	}
+	var dev wg.Device
+	loud := link.Up && !k.cfg.Silent
+	look := loud || time.Since(k.dumped) > dumpEvery
+	if k.port != 0 {
+		// Before the device is read, which takes time. It is done again below, as far as
+		// it has to be.
+		_ = k.shut()
+	}
+	if look {
+		if dev, err = k.dump(); err != nil {
+			return err
+		}
+	}
+	// Shut, nothing passes, whatever happens then. A link that is down has no socket;
+	// but it may be set up by somebody else.
+	gateErr := k.shut()
+	switch {
+	case gateErr != nil && k.cfg.Silent:
+		k.dumped = time.Time{}
+		return fmt.Errorf(`the UDP port cannot be shut: %w; or set standby = "down"`, gateErr)
+	case gateErr != nil:
+		gateErr = fmt.Errorf("only the link keeps the device quiet, and whoever sets it up makes it speak: %w", gateErr)
+	}
+	if !look {
+		return gateErr
+	}
+	if err := k.take(dev, link.Up); err != nil {
+		k.dumped = time.Time{} // again at the next step
+		return errors.Join(gateErr, err)
+	}
+	return gateErr
+}
+
+// dump reads the device.
+func (k *Keeper) dump() (wg.Device, error) {
+	dev, err := k.cfg.Device.Device(k.cfg.Name)
+	if err == nil {
+		k.port, k.dumped = dev.Port, time.Now()
+	}
+	return dev, err
+}
+
+func (k *Keeper) shut() error {
+	if k.port == 0 {
+		return errors.New("the device has no listen port to shut: set one that stays the same, with wg set")
+	}
+	if k.gate.says() == shut(k.port) {
+		return nil
+	}
+	// Memory or not, it is shut.
+	return errors.Join(k.cfg.Memory.keepGate(true), k.gate.shut(k.port))
+}
+
+// take takes from the device what must not act on a standby, and remembers it
+// first.
+func (k *Keeper) take(dev wg.Device, up bool) error {
+	before := k.cfg.Memory.taken(k.cfg.Ifindex)
+	t := before
+	if t == nil || !t.Promoted.IsZero() {
+		t = &taken{Ifindex: k.cfg.Ifindex}
+		if before != nil { // a promotion that did not end
+			t.Keepalives, t.settings = before.Keepalives, before.settings
+		}
+	}
+	if t.Keepalives == nil {
+		t.Keepalives = make(map[wgroam.Key]time.Duration)
+	}
+	var off []wg.Keepalive
+	grown := before == nil || before.Promoted != t.Promoted
+	for _, p := range dev.Peers {
+		if p.Keepalive == 0 {
+			continue
+		}
+		off = append(off, wg.Keepalive{Peer: p.Key})
+		if p.Keepalive != called && t.Keepalives[p.Key] != p.Keepalive {
+			t.Keepalives[p.Key], grown = p.Keepalive, true
+		}
+	}
+	// Down, it has neither socket nor sessions: those of another time would keep the
+	// next promotion from making new ones.
+	reset := up && (!k.cfg.Silent || !t.Reset)
+	if reset {
+		var now settings
+		if err := k.cfg.Space.Do(func() (err error) {
+			now, err = readSettings(k.cfg.Ifindex)
+			return err
+		}); err != nil {
+			return fmt.Errorf("read addresses and routes: %w", err)
+		}
+		n := len(t.Addrs) + len(t.Routes)
+		t.add(now)
+		grown = grown || len(t.Addrs)+len(t.Routes) != n
+	}
+	if grown {
+		if err := k.cfg.Memory.keepTaken(t); err != nil {
+			return fmt.Errorf("nothing is taken from the device that could not be given back: %w", err)
+		}
+	}
+	if reset {
+		if err := k.setLink(false); err != nil {
+			return err
+		}
+		up = false
+		if before == nil || !before.Promoted.IsZero() {
+			k.cfg.Log.Info("standby: the device is quiet", "keepalives", len(t.Keepalives), "addresses", len(t.Addrs), "routes", len(t.Routes))
+		}
+	}
+	if err := k.keepalives(off); err != nil {
+		return err
+	}
+	if !k.cfg.Silent {
+		return nil
+	}
+	if !t.Reset {
+		t.Reset = true
+		if err := k.cfg.Memory.keepTaken(t); err != nil {
+			return err
+		}
+	}
+	if !up {
+		return k.give(t)
+	}
+	return nil
+}
+
+// give sets the link up, and gives it its addresses and routes.
+func (k *Keeper) give(t *taken) error {
+	return k.cfg.Space.Do(func() error {
+		if err := setLink(k.cfg.Ifindex, true); err != nil {
+			return err
+		}
+		return t.give(k.cfg.Ifindex)
+	})
+}
+
+func (k *Keeper) setLink(up bool) error {
+	return k.cfg.Space.Do(func() error { return setLink(k.cfg.Ifindex, up) })
+}
+
+func (k *Keeper) link() (link wg.Link, err error) {
+	err = k.cfg.Space.Do(func() (err error) {
+		link, err = wg.LinkByName(k.cfg.Name)
+		return err
+	})
+	return link, err
+}
+
+// keepalives writes intervals, a chunk at a time.
+func (k *Keeper) keepalives(all []wg.Keepalive) error {
+	for len(all) > 0 {
+		n := min(len(all), wg.ChunkPeers)
+		if err := k.cfg.Device.SetKeepalives(k.cfg.Name, all[:n]); err != nil {
+			return err
+		}
+		all = all[n:]
+	}
+	return nil
+}
+
+// open makes the device one that is used, with vips for the source of what it
+// sends.
+func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
+	t := k.cfg.Memory.taken(k.cfg.Ifindex)
+	if t != nil && !t.Called {
+		k.settle(ctx)
+		if t.Promoted.IsZero() {
+			t.Promoted = time.Now()
+			if err := k.cfg.Memory.keepTaken(t); err != nil {
+				k.cfg.Log.Error("going on without memory", "err", err)
+			}
+		}
+		k.begin(t)
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	// Before the first packet can leave, and in one stroke where the gate was shut.
+	gateErr := k.unshut(vips)
+	if t == nil {
+		return gateErr
+	}
+	giveErr := k.give(t)
+	if !t.Called {
+		if behind := k.cfg.Behind(); behind > 0 {
+			k.cfg.Log.Error("this host's clock is behind the group's: peers ignore its handshakes for that long", "behind", behind.Round(time.Millisecond))
+		}
+		if err := k.call(ctx, t); err != nil || ctx.Err() != nil {
+			return errors.Join(gateErr, giveErr, err)
+		}
+		t.Called = true
+	}
+	if gateErr != nil || giveErr != nil {
+		return errors.Join(gateErr, giveErr, k.cfg.Memory.keepTaken(t))
+	}
+	return k.cfg.Memory.keepTaken(nil)
+}
+
+// settleFor is how long a promotion waits for endpoints on their way into the
+// device.
+const settleFor = 2 * time.Second
+
+func (k *Keeper) settle(ctx context.Context) {
+	deadline := time.After(settleFor)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !k.cfg.Settled() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-deadline:
+			k.cfg.Log.Warn("some endpoints are not in the device yet; going on")
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// unshut replaces what shuts the port.
+func (k *Keeper) unshut(vips []netip.Addr) error {
+	if len(vips) == 0 {
+		if !k.cfg.Memory.gate() {
+			return nil
+		}
+		if err := k.gate.remove(); err != nil {
+			return err
+		}
+		return k.cfg.Memory.keepGate(false)
+	}
+	if time.Since(k.dumped) > dumpEvery {
+		if _, err := k.dump(); err != nil {
+			return err
+		}
+	}
+	if k.port == 0 || k.gate.says() == from(vips, k.port) {
+		return nil
+	}
+	return errors.Join(k.cfg.Memory.keepGate(true), k.gate.from(vips, k.port))
+}
+
+// peers returns the peers of the device, by key.
+func (k *Keeper) peers() (map[wgroam.Key]wg.Peer, error) {
+	dev, err := k.cfg.Device.Device(k.cfg.Name)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[wgroam.Key]wg.Peer, len(dev.Peers))
+	for _, p := range dev.Peers {
+		out[p.Key] = p
+	}
+	return out, nil
+}

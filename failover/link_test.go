@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: MIT
+
+package failover
+
+import (
+	"encoding/json"
+	"net"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// inNamespace runs the rest of the test in a network namespace of its own.
+func inNamespace(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("network namespaces need root")
+		}
+		t.Skip("network namespaces need root")
+	}
+	runtime.LockOSThread() // and never unlocked: the thread ends with the test
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestSettings: a link that was down has again what it lost, and what is in the way
+// is told.
+func TestSettings(t *testing.T) {
+	inNamespace(t)
+	for _, link := range []netlink.Link{
+		&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "one"}, PeerName: "two"},
+		&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "other"}, PeerName: "rest"},
+	} {
+		if err := netlink.LinkAdd(link); err != nil {
+			t.Fatal(err)
+		}
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	index := map[string]int{}
+	for _, name := range []string{"one", "two", "other", "rest"} {
+		link, err := netlink.LinkByName(name)
+		must(err)
+		index[name] = link.Attrs().Index
+		must(netlink.LinkSetUp(link))
+	}
+	one := index["one"]
+	link, err := netlink.LinkByIndex(one)
+	must(err)
+	for _, a := range []string{"10.1.0.1/24", "fd01::1/64", "fd01::2/128"} {
+		addr, err := netlink.ParseAddr(a)
+		must(err)
+		addr.Flags |= unix.IFA_F_NODAD
+		must(netlink.AddrAdd(link, addr))
+	}
+	cidr := func(s string) *net.IPNet {
+		_, n, err := net.ParseCIDR(s)
+		must(err)
+		return n
+	}
+	for _, r := range []netlink.Route{
+		{Dst: cidr("10.2.0.0/16"), Protocol: unix.RTPROT_BOOT, Scope: netlink.SCOPE_LINK},
+		{Dst: cidr("10.3.0.0/16"), Protocol: unix.RTPROT_STATIC, Gw: net.ParseIP("10.1.0.9"), Priority: 7, MTU: 1234},
+		{Dst: cidr("10.4.0.0/16"), Protocol: unix.RTPROT_STATIC, Gw: net.ParseIP("10.99.0.9"), Flags: int(netlink.FLAG_ONLINK), Table: 51820},
+		{Dst: cidr("0.0.0.0/0"), Protocol: unix.RTPROT_BOOT, Scope: netlink.SCOPE_LINK, Table: 51820, Src: net.ParseIP("10.1.0.1")},
+		{Dst: cidr("fd02::/64"), Protocol: unix.RTPROT_BOOT, Src: net.ParseIP("fd01::2")},
+		{Dst: cidr("fd03::/64"), Protocol: unix.RTPROT_STATIC, Gw: net.ParseIP("fd01::9"), Priority: 9},
+		{Dst: cidr("::/0"), Protocol: unix.RTPROT_BOOT, Table: 51820},
+	} {
+		r.LinkIndex = one
+		if err := netlink.RouteAdd(&r); err != nil {
+			t.Fatalf("%v: %v", r, err)
+		}
+	}
+	// Of a routing daemon, and of another link: not ours to give back.
+	must(netlink.RouteAdd(&netlink.Route{LinkIndex: one, Dst: cidr("10.5.0.0/16"), Protocol: unix.RTPROT_BIRD, Scope: netlink.SCOPE_LINK}))
+	must(netlink.RouteAdd(&netlink.Route{LinkIndex: index["other"], Dst: cidr("10.6.0.0/16"), Protocol: unix.RTPROT_BOOT, Scope: netlink.SCOPE_LINK}))
+
+	before, err := readSettings(one)
+	must(err)
+	if len(before.Routes) != 7 {
+		t.Errorf("%d routes are kept, want 7", len(before.Routes))
+	}
+	// As the memory keeps it.
+	data, err := json.Marshal(taken{Ifindex: one, settings: before})
+	must(err)
+	var kept taken
+	must(json.Unmarshal(data, &kept))
+
+	equal := func(what string) {
+		t.Helper()
+		now, err := readSettings(one)
+		must(err)
+		for _, m := range []struct {
+			kind      string
+			want, got [][]byte
+		}{{"addresses", before.Addrs, now.Addrs}, {"routes", before.Routes, now.Routes}} {
+			for _, w := range m.want {
+				if !has(m.got, w) {
+					t.Errorf("%s: of the %s, this is missing: %x", what, m.kind, w)
+				}
+			}
+			if len(m.want) != len(m.got) {
+				t.Errorf("%s: %d %s, want %d", what, len(m.got), m.kind, len(m.want))
+			}
+		}
+	}
+	for range 2 {
+		must(setLink(one, false))
+		now, err := readSettings(one)
+		must(err)
+		if len(now.Routes) != 0 {
+			t.Errorf("a link that is down has %d routes", len(now.Routes))
+		}
+		must(setLink(one, true))
+		must(kept.give(one))
+		equal("given back")
+		must(kept.give(one))
+		equal("given back twice")
+	}
+	merged := kept.settings
+	merged.add(before)
+	if len(merged.Routes) != len(before.Routes) || len(merged.Addrs) != len(before.Addrs) {
+		t.Error("what was there already was added")
+	}
+
+	must(setLink(one, false))
+	must(netlink.RouteAdd(&netlink.Route{LinkIndex: index["other"], Dst: cidr("10.2.0.0/16"), Protocol: unix.RTPROT_BOOT, Scope: netlink.SCOPE_LINK}))
+	must(setLink(one, true))
+	if err := kept.give(one); err == nil || !strings.Contains(err.Error(), "1 routes are not back") {
+		t.Errorf("another's route is in the place of one: error %v", err)
+	}
+	if !slices.ContainsFunc(mustRoutes(t), func(r netlink.Route) bool { return r.LinkIndex == index["other"] && r.Dst.String() == "10.2.0.0/16" }) {
+		t.Error("the other's route was taken away")
+	}
+}
+
+func mustRoutes(t *testing.T) []netlink.Route {
+	t.Helper()
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return routes
+}
