@@ -5,6 +5,7 @@ package test
 import (
 	"fmt"
 	"io"
+	"strings"
 	"testing"
 
 	"github.com/wgroam/wgroam/internal/control"
@@ -56,7 +57,8 @@ func throughput(b *testing.B, cfg lab.Config, packets int) {
 	take := func(with int) {
 		if with == 1 {
 			dir := b.TempDir()
-			n := startNode(b, gw, dir, config(gw, dir))
+			// The default: a session that is older than the program at the port is polled.
+			n := startNode(b, gw, dir, strings.Replace(config(gw, dir), `poll_interval = "20ms"`, `poll_interval = "1s"`, 1))
 			await(b, "the device is followed", func() (bool, string) {
 				rung = n.status().Detector.Rung
 				return rung != control.RungNone, rung
