@@ -51,7 +51,8 @@ func (c *Changes) Take(limit int) []Key {
 	}
 	c.order = c.order[n:]
 	if len(c.order) == 0 {
-		c.order = nil // let go of a storm's backing array
+		// Let go of what a storm has made them.
+		c.order, c.waiting = nil, make(map[Key]struct{})
 	} else {
 		c.signal()
 	}

@@ -19,13 +19,12 @@ type Digests [Buckets]uint64
 
 // Sum folds all buckets into one value.
 func (d *Digests) Sum() uint64 {
-	h := sha256.New()
-	var b [8]byte
-	for _, v := range d {
-		binary.BigEndian.PutUint64(b[:], v)
-		h.Write(b[:])
+	var b [8 * Buckets]byte
+	for i, v := range d {
+		binary.BigEndian.PutUint64(b[8*i:], v)
 	}
-	return binary.BigEndian.Uint64(h.Sum(nil))
+	sum := sha256.Sum256(b[:])
+	return binary.BigEndian.Uint64(sum[:])
 }
 
 // BucketOf returns the bucket of a peer.
@@ -238,10 +237,16 @@ func (t *Table) Digests() Digests {
 func (t *Table) Differing(theirs *Digests) []Record {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.digests == *theirs {
+	buckets := 0
+	for b, d := range t.digests {
+		if d != theirs[b] {
+			buckets++
+		}
+	}
+	if buckets == 0 {
 		return nil
 	}
-	var out []Record
+	out := make([]Record, 0, 1+len(t.peers)*buckets/Buckets)
 	for k, e := range t.peers {
 		if b := BucketOf(k); t.digests[b] != theirs[b] {
 			out = append(out, e.record(k))

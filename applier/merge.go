@@ -288,13 +288,11 @@ func (m *Merger) merge(r wgroam.Record, now time.Time) (welcome time.Time) {
 		return welcome
 	}
 	held, ours := m.cfg.View.Get(r.Peer)
-	current, known := m.cfg.Table.Get(r.Peer)
-	if known && r.Version.Compare(current.Version) < 0 {
-		return welcome // old news, often a repetition
-	}
-	if !ours && !known && m.cfg.Table.Len() >= spareRecords+2*m.cfg.View.Len() {
-		m.refuse("full")
-		return welcome
+	if !ours && m.cfg.Table.Len() >= spareRecords+2*m.cfg.View.Len() {
+		if _, known := m.cfg.Table.Get(r.Peer); !known {
+			m.refuse("full")
+			return welcome
+		}
 	}
 	if err := m.cfg.Clock.Merge(r.Version.HLC, now); err != nil {
 		m.refuse("skew")
@@ -302,12 +300,14 @@ func (m *Merger) merge(r wgroam.Record, now time.Time) (welcome time.Time) {
 		return r.Version.HLC.Time().Add(-m.cfg.Clock.MaxSkew())
 	}
 	if r.Version.Node == m.cfg.Self && ours && held.Cause == wgroam.CauseSnapshot &&
-		held.Endpoint != r.Endpoint && now.Sub(held.At) < sessionLife && r.Version != current.Version {
-		// Our own record from before a restart comes back. The session has
-		// lived on in the kernel since, and so knows better; but not better than
-		// who has seen the peer since.
-		r.Endpoint, r.Cause = held.Endpoint, held.Cause
-		r.Version.HLC = max(r.Version.HLC+1, min(wgroam.HLCAt(held.At), wgroam.HLCAt(now)))
+		held.Endpoint != r.Endpoint && now.Sub(held.At) < sessionLife {
+		if current, _ := m.cfg.Table.Get(r.Peer); r.Version.Compare(current.Version) > 0 {
+			// Our own record from before a restart comes back. The session has
+			// lived on in the kernel since, and so knows better; but not better than
+			// who has seen the peer since.
+			r.Endpoint, r.Cause = held.Endpoint, held.Cause
+			r.Version.HLC = max(r.Version.HLC+1, min(wgroam.HLCAt(held.At), wgroam.HLCAt(now)))
+		}
 	}
 	m.cfg.Table.Merge(r)
 	return welcome

@@ -20,6 +20,7 @@ import (
 type Link interface {
 	Self() wgroam.NodeID
 	OnRequest(func(*feed.Request))
+	OnBeat(func(feed.Beat))
 	OnEvent(func(feed.Event))
 	Publish([]wgroam.Record) error
 	Beat(feed.Beat) error
@@ -58,6 +59,9 @@ type Publisher struct {
 	flushUp chan struct{} // a connection came up
 	beatUp  chan struct{}
 	asked   *requests
+
+	mu    sync.Mutex
+	boots map[wgroam.NodeID]uint64 // newest of the other nodes
 }
 
 // New makes a Publisher. From now on, the records of this node that win in the
@@ -73,6 +77,7 @@ func New(cfg Config) *Publisher {
 		flushUp: make(chan struct{}, 1),
 		beatUp:  make(chan struct{}, 1),
 		asked:   newRequests(),
+		boots:   make(map[wgroam.NodeID]uint64),
 	}
 	cfg.Table.Notify(p.changes, func(r wgroam.Record) bool {
 		if !p.own(r) {
@@ -82,6 +87,11 @@ func New(cfg Config) *Publisher {
 		return true
 	})
 	cfg.Link.OnRequest(p.asked.add)
+	cfg.Link.OnBeat(func(b feed.Beat) {
+		if p.isNew(b.Header) {
+			signal(p.beatUp)
+		}
+	})
 	cfg.Link.OnEvent(func(e feed.Event) {
 		if e.Up {
 			signal(p.flushUp)
@@ -89,6 +99,18 @@ func New(cfg Config) *Publisher {
 		}
 	})
 	return p
+}
+
+// isNew reports whether a node has begun to beat. It waits for a beat of ours, to know
+// whom to ask for what it missed.
+func (p *Publisher) isNew(h feed.Header) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if h.Boot <= p.boots[h.Node] {
+		return false
+	}
+	p.boots[h.Node] = h.Boot
+	return true
 }
 
 // own keeps what came from another node from being published again.

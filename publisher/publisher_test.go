@@ -424,3 +424,16 @@ func BenchmarkLateJoiner(b *testing.B) {
 		})
 	}
 }
+
+// TestGreeting: who begins to beat hears the others at once, and so need not wait
+// to ask for what it missed.
+func TestGreeting(t *testing.T) {
+	s := startServer(t, "127.0.0.1:0")
+	a := startNode(t, "gw-a", s, time.Hour)
+	a.ups(t)
+	for _, name := range []string{"gw-b", "gw-c"} {
+		n := startNode(t, name, nil, time.Hour, s.Addr().String())
+		for next(t, n.beats).Name != "gw-a" {
+		}
+	}
+}

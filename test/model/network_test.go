@@ -143,6 +143,7 @@ type link struct {
 	boot uint64
 
 	onRequest func(*feed.Request)
+	onBeat    func(feed.Beat)
 	onEvent   func(feed.Event)
 
 	mu        sync.Mutex
@@ -166,6 +167,7 @@ const chunkRecords = 2
 
 func (l *link) Self() wgroam.NodeID             { return l.node.id }
 func (l *link) OnRequest(f func(*feed.Request)) { l.onRequest = f }
+func (l *link) OnBeat(f func(feed.Beat))        { l.onBeat = f }
 func (l *link) OnEvent(f func(feed.Event))      { l.onEvent = f }
 func (l *link) Flush(context.Context) error     { return nil }
 
@@ -206,7 +208,7 @@ func (l *link) Beat(b feed.Beat) error {
 	defer l.mu.Unlock()
 	b.Header = feed.Header{Node: l.node.id, Boot: l.boot, Seq: l.seq}
 	b.Name, b.Time = l.node.name, l.node.now()
-	return l.broadcast(beat, func(to *life) { to.merger.Beat(b) })
+	return l.broadcast(beat, func(to *life) { to.merger.Beat(b); to.link.onBeat(b) })
 }
 
 // Ask is the half of a sync that feed.Link does.
