@@ -5,6 +5,7 @@ package test
 import (
 	"context"
 	wire "encoding/binary" // node_test.go has a function binary
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -13,7 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/applier"
@@ -21,6 +24,8 @@ import (
 	"github.com/wgroam/wgroam/internal/natsd"
 	"github.com/wgroam/wgroam/publisher"
 )
+
+const stormPeers = 100_000
 
 // member is a node without a device: all of the daemon that lies between the
 // tracker and the applier, wired as in cmd/wgroam.
@@ -31,9 +36,9 @@ type member struct {
 	close func()
 }
 
-// startMember starts a node that has peers in its device, until the benchmark
-// ends or it is closed. The server may be nil.
-func startMember(b *testing.B, name string, keys feed.Keys, server *natsd.Server, nodes []string, peers []wgroam.Key) *member {
+// startMember starts a node that has peers in its device, and what it knew when it
+// ended, until the benchmark ends or it is closed. The server may be nil.
+func startMember(b *testing.B, name string, keys feed.Keys, server *natsd.Server, nodes []string, peers []wgroam.Key, known ...wgroam.Record) *member {
 	b.Helper()
 	log := slog.New(slog.DiscardHandler)
 	cfg := feed.Config{Name: name, Keys: keys, Peers: nodes, Log: log}
@@ -62,6 +67,7 @@ func startMember(b *testing.B, name string, keys feed.Keys, server *natsd.Server
 	pub := publisher.New(publisher.Config{
 		Table: m.table, Link: link, Role: func() feed.Role { return feed.RoleAlways }, Log: log,
 	})
+	merger.Restore(known)
 	link.Start()
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -171,6 +177,81 @@ func (r *rawPath) send(b *testing.B, n uint32, msg []byte) {
 	}
 }
 
+// kvPath is the same job done by a JetStream key-value bucket: every record is put
+// under the peer's key, by a client in the server's process, and a watcher is
+// connected over loopback, without TLS. The bucket is in memory.
+type kvPath struct {
+	server  *server.Server
+	js      jetstream.JetStream
+	subject string
+	updates <-chan jetstream.KeyValueEntry
+}
+
+func newKVPath(b *testing.B) *kvPath {
+	b.Helper()
+	s, err := server.NewServer(&server.Options{
+		Host: "127.0.0.1", Port: -1, JetStream: true, StoreDir: b.TempDir(), NoLog: true, NoSigs: true,
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	s.Start()
+	b.Cleanup(func() { s.Shutdown(); s.WaitForShutdown() })
+	if !s.ReadyForConnections(patience) {
+		b.Fatal("no NATS with JetStream")
+	}
+	out, err := nats.Connect("", nats.InProcessServer(s))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(out.Close)
+	k := &kvPath{server: s, subject: "$KV.roams."}
+	if k.js, err = jetstream.New(out, jetstream.WithPublishAsyncMaxPending(stormPeers)); err != nil {
+		b.Fatal(err)
+	}
+	cfg := jetstream.KeyValueConfig{Bucket: "roams", Storage: jetstream.MemoryStorage}
+	if _, err = k.js.CreateKeyValue(b.Context(), cfg); err != nil {
+		b.Fatal(err)
+	}
+	k.updates, _ = k.watch(b)
+	if <-k.updates != nil {
+		b.Fatal("the bucket is not empty")
+	}
+	return k
+}
+
+// watch watches the bucket from a connection of its own.
+func (k *kvPath) watch(b *testing.B) (updates <-chan jetstream.KeyValueEntry, end func()) {
+	b.Helper()
+	in, err := nats.Connect(k.server.ClientURL())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(in.Close)
+	js, err := jetstream.New(in)
+	if err != nil {
+		b.Fatal(err)
+	}
+	kv, err := js.KeyValue(b.Context(), "roams")
+	if err != nil {
+		b.Fatal(err)
+	}
+	w, err := kv.WatchAll(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	return w.Updates(), in.Close
+}
+
+// put is what KeyValue.Put does, without waiting for the answer.
+func (k *kvPath) put(b *testing.B, r wgroam.Record) {
+	b.Helper()
+	value, _ := r.AppendBinary(nil) // never fails
+	if _, err := k.js.PublishAsync(k.subject+hex.EncodeToString(r.Peer[:]), value); err != nil {
+		b.Error(err)
+	}
+}
+
 // frameSize is the length of a frame of n records: header, nonce and tag around
 // them (internal/feed/frame.go).
 func frameSize(n int) int { return 36 + 24 + n*wgroam.RecordSize + 16 }
@@ -186,7 +267,9 @@ func BenchmarkHop(b *testing.B) {
 	arrived := wgroam.NewChanges()
 	to.table.Notify(arrived, nil)
 
-	var hop, bare []time.Duration
+	kv := newKVPath(b)
+
+	var hop, bare, watched []time.Duration
 	msg := make([]byte, frameSize(1))
 	for i := range samples {
 		<-time.After(pause)
@@ -201,6 +284,13 @@ func BenchmarkHop(b *testing.B) {
 		raw.send(b, uint32(i), msg)
 		<-raw.got
 		bare = append(bare, time.Since(start))
+
+		<-time.After(pause)
+		r, _ := from.table.Get(peer)
+		start = time.Now()
+		kv.put(b, r)
+		<-kv.updates
+		watched = append(watched, time.Since(start))
 	}
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(quantile(hop, 0.5).Seconds()*1e6, "us-p50")
@@ -208,6 +298,7 @@ func BenchmarkHop(b *testing.B) {
 	b.ReportMetric(quantile(hop, 0.5).Seconds()/quantile(bare, 0.5).Seconds(), "ratio")
 	b.Logf("%s\nOne record: Table, publisher, NATS server, merger, Table. Two nodes in one process, a server each, connected both ways\n"+
 		"over loopback with TLS, idle; %d times, by turns with a bare NATS message of as many bytes over the same server and\n"+
-		"the same kinds of connections. No device is written.\n%s",
-		kernel(), samples, plot(latencies{"wgroam", hop}, latencies{"bare NATS", bare}))
+		"the same kinds of connections, and with a JetStream key-value bucket in memory and a watcher over loopback without TLS.\n"+
+		"No device is written.\n%s",
+		kernel(), samples, plot(latencies{"wgroam", hop}, latencies{"bare NATS", bare}, latencies{"JetStream KV", watched}))
 }
