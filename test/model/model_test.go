@@ -31,6 +31,8 @@ import (
 const (
 	maxSkew = 10 * time.Second
 	peers   = 3
+	// lastPort is where all peers are in the end.
+	lastPort = 100
 	// soon is how long equal tables may take after the last fault. Most are at once.
 	// A node that waits in the middle of an answer gives up after 500 ms, and asks
 	// again at the next beat, 250 ms later at most.
@@ -568,15 +570,27 @@ func (g *group) run(steps []step, skews []time.Duration) (took time.Duration) {
 		return took
 	}
 
-	// And it goes on as ever.
-	for peer := range peers {
-		time.Sleep(2 * time.Millisecond)
-		g.observe(g.nodes[peer%len(g.nodes)], peer, 100, true, 0)
-	}
-	took = max(took, g.converges(g.truth()))
-
+	// And it goes on as ever: the newest observation wins, and is said once.
 	time.Sleep(settle)
 	var before, after [kinds]int
+	g.change(func() { before = g.sent })
+	for peer := range peers {
+		time.Sleep(2 * time.Millisecond)
+		g.observe(g.nodes[peer%len(g.nodes)], peer, lastPort, true, 0)
+	}
+	want = g.truth()
+	for k, r := range want {
+		if r.Endpoint.Port() != lastPort {
+			g.fails("peer %v was last seen at port %d, but %v is the newest record", k[2], lastPort, r)
+		}
+	}
+	took = max(took, g.converges(want))
+	g.change(func() { after = g.sent })
+	if n := after[update] - before[update]; n > peers*(len(g.nodes)-1) {
+		g.fails("%d updates about %d observations", n, peers)
+	}
+
+	time.Sleep(settle)
 	g.change(func() { before = g.sent })
 	time.Sleep(quiet)
 	g.change(func() { after = g.sent })
