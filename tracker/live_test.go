@@ -444,8 +444,9 @@ func TestLiveRoams(t *testing.T) {
 			}
 			eps = append(eps, ep)
 		}
-		// Nobody spoke.
+		// Nobody spoke, and nothing is sent, by which it would be noticed at the port.
 		v.configure(other.Key(), at(1))
+		v.wantDump()
 		if h := v.awaitAt(other, at(1)); h.Cause != wgroam.CauseConfig {
 			t.Errorf("the view has %+v, want cause %v", h, wgroam.CauseConfig)
 		}
