@@ -88,16 +88,23 @@ const volatile __u32 limit_all = LIMIT_ALL;
  * events of all peers there were in it. */
 __u64 sent_by_all;
 
-/* A handshake message that this task is just now taking an endpoint from. */
+/* A handshake message that this task is just now taking an endpoint from. A probe
+ * at the function's return can be missed, and then the entry stays: after a while it
+ * means nothing. */
+#define HANDSHAKE_NS 10000000000ULL
+
 struct handshake {
 	__u64 peer;
+	__u64 boot_ns;
 	__u32 type;
 	__u32 pad;
 };
 
+/* Not LRU, which makes room before it is full, and not of what is left over. There is a
+ * worker for each device and processor. */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1024);
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
 	__type(key, __u64); /* pid_tgid of the worker */
 	__type(value, struct handshake);
 } handshakes SEC(".maps");
@@ -168,7 +175,7 @@ static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint
 	hs = bpf_map_lookup_elem(&handshakes, &task);
 	/* The peer is compared because a softirq can run on top of the worker
 	 * and bring another peer's data. */
-	if (!hs || hs->peer != (__u64)peer)
+	if (!hs || hs->peer != (__u64)peer || bpf_ktime_get_boot_ns() - hs->boot_ns > HANDSHAKE_NS)
 		return CAUSE_DATA;
 	return hs->type == MESSAGE_HANDSHAKE_RESPONSE ? CAUSE_RESPONSE : CAUSE_INITIATION;
 }
@@ -287,12 +294,14 @@ ENTER("wg_socket_set_peer_endpoint_from_skb")
 int PROG(handshake_enter, struct wg_peer *peer, const struct sk_buff *skb)
 {
 	__u64 task = bpf_get_current_pid_tgid();
-	struct handshake hs = { .peer = (__u64)peer };
+	struct handshake hs = { .peer = (__u64)peer, .boot_ns = bpf_ktime_get_boot_ns() };
 
 	/* An unreadable packet leaves the type 0 and counts as an initiation, the
 	 * weaker evidence. */
 	bpf_probe_read_kernel(&hs.type, sizeof(hs.type), READ(skb->data));
-	bpf_map_update_elem(&handshakes, &task, &hs, BPF_ANY);
+	/* Full of what is left over: the event would lack its cause, as good as lost. */
+	if (bpf_map_update_elem(&handshakes, &task, &hs, BPF_ANY))
+		__sync_fetch_and_add(&events_lost, 1);
 	return 0;
 }
 
