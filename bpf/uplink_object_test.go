@@ -90,6 +90,7 @@ func uplinkSample(kind UplinkKind) []byte {
 	b = binary.NativeEndian.AppendUint16(b, unix.AF_INET)
 	b = append(b, 0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0xca, 0x6c)
 	b = binary.NativeEndian.AppendUint16(b, unix.AF_INET6)
+	b = append(b, 192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 	b = binary.NativeEndian.AppendUint32(b, 5)
 	b = binary.NativeEndian.AppendUint32(b, 6)
 	b = binary.NativeEndian.AppendUint16(b, 51820)
@@ -109,6 +110,9 @@ func TestUplinkDecode(t *testing.T) {
 		want := UplinkEvent{
 			Kind: kind, Port: 51820, Boot: 123456789 * time.Nanosecond, Local: 5, Remote: 6,
 			Addr: netip.MustParseAddrPort("192.0.2.1:4660"), Old: netip.MustParseAddrPort("[fe80::9]:51820"),
+		}
+		if kind != UplinkHint {
+			want.Near = netip.MustParseAddr("192.0.2.2")
 		}
 		for i := range map[UplinkKind]int{UplinkInitiation: 132, UplinkResponse: 76}[kind] {
 			want.Message = append(want.Message, byte(i))

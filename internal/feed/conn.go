@@ -267,6 +267,9 @@ func (c *conn) connected(again bool) {
 	if !c.subscribed {
 		return // whoever subscribes looks again
 	}
+	if c.up.Load() && !again {
+		return // whoever subscribed was first
+	}
 	// The subscriptions have been sent; wait until the server has them, or what is
 	// asked for now may be followed by something that is missed. If it does not
 	// answer, the next beat tells.
@@ -282,9 +285,6 @@ func (c *conn) connected(again bool) {
 	was := closing || c.up.Swap(true) // before anybody reads that it is connected
 	c.mu.Unlock()
 	if closing {
-		return
-	}
-	if was && !again {
 		return
 	}
 	if !was && !forced {
@@ -338,7 +338,8 @@ func (c *conn) failed(err error) {
 	}
 	c.mu.Lock()
 	c.status.LastError = err.Error()
-	quiet := c.closing || c.logged == kind
+	// While it is up, the news of the break is still on its way, and is the line.
+	quiet := c.closing || c.logged == kind || c.up.Load()
 	c.logged = kind
 	c.mu.Unlock()
 	if !quiet {
