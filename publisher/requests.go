@@ -3,6 +3,8 @@
 package publisher
 
 import (
+	"cmp"
+	"slices"
 	"sync"
 	"time"
 
@@ -10,8 +12,12 @@ import (
 	"github.com/wgroam/wgroam/internal/feed"
 )
 
-// maxAskers bounds the memory of who asked.
-const maxAskers = 64
+const (
+	// maxAskers bounds the memory of who asked.
+	maxAskers = 64
+	// maxLives bounds the memory of the lives of one node.
+	maxLives = 8
+)
 
 // perRecord is how much later a node is answered again for each record that it
 // got: 100 000 a second are some 7 MB.
@@ -30,33 +36,35 @@ var (
 	unprovenLimit = limit{time.Second, 2}
 )
 
-// requests are the sync requests that wait for an answer: one of each node, the
-// newest. An answer is much larger than its request, so there is a limit to how
-// many a node can have.
+// requests are the sync requests that wait for an answer: one of each life of a
+// node, the newest. An answer is much larger than its request, so there is a limit
+// to how many a node can have.
+//
+// A node has one life that is proven, and may just have begun another that is not.
+// All the others are recordings. They share what the node can have unproven, so that
+// none of them can take it all, and each is good for one answer: who plays them back
+// cannot make new ones.
 type requests struct {
 	ready chan struct{}
 
 	mu      sync.Mutex
-	askers  map[name]*asker
+	askers  map[wgroam.NodeID][]*asker // lives, oldest first
 	order   []*asker
 	refused uint64
 }
 
-// name keeps what may be a recording of a node apart from the node itself.
-type name struct {
-	node     wgroam.NodeID
-	unproven bool
-}
-
+// asker is one life of a node.
 type asker struct {
-	last    feed.Header   // of the newest request
-	waiting *feed.Request // nil: all answered
-	// full is when the node has its whole burst again.
+	boot     uint64
+	seq      uint64        // of the newest request
+	unproven bool          // it was, or another has been proven since
+	waiting  *feed.Request // nil: all answered
+	// full is when the life has its whole burst again.
 	full time.Time
 }
 
 func newRequests() *requests {
-	return &requests{ready: make(chan struct{}, 1), askers: make(map[name]*asker)}
+	return &requests{ready: make(chan struct{}, 1), askers: make(map[wgroam.NodeID][]*asker)}
 }
 
 func (q *requests) add(r *feed.Request) { q.addAt(r, time.Now()) }
@@ -64,47 +72,84 @@ func (q *requests) add(r *feed.Request) { q.addAt(r, time.Now()) }
 func (q *requests) addAt(r *feed.Request, now time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	who, limit := name{r.Node, r.Unproven}, provenLimit
-	if r.Unproven {
-		limit = unprovenLimit
-	}
-	a := q.askers[who]
-	if a == nil {
-		if len(q.askers) >= maxAskers && !q.forget(now) {
-			q.refused++
-			return
-		}
-		a = &asker{}
-		q.askers[who] = a
-	}
+	a := q.asker(r, now)
 	// One that is not newer came twice, or is a recording played back by
 	// somebody who cannot make his own.
-	if r.Boot == a.last.Boot && r.Seq <= a.last.Seq {
+	if a == nil || r.Seq <= a.seq {
 		q.refused++
 		return
 	}
-	a.last = r.Header
+	a.seq = r.Seq
+	if a.unproven != r.Unproven {
+		a.unproven, a.full = r.Unproven, now
+	}
+	if !r.Unproven {
+		for _, b := range q.askers[r.Node] {
+			b.unproven = b != a
+		}
+	}
 	if a.waiting != nil {
 		a.waiting = r
 		return
 	}
-	if a.full.Sub(now) > time.Duration(limit.burst-1)*limit.every {
+	limit := provenLimit
+	if r.Unproven {
+		limit = unprovenLimit
+	}
+	every := limit.every * q.share(a, r.Node, now)
+	if a.full.Sub(now) > time.Duration(limit.burst-1)*every {
 		q.refused++
 		return
 	}
 	if a.full.Before(now) {
 		a.full = now
 	}
-	a.full = a.full.Add(limit.every)
+	a.full = a.full.Add(every)
 	a.waiting = r
 	q.order = append(q.order, a)
 	signal(q.ready)
 }
 
+// asker returns the life of a node that asks; nil if there is no room for it. The
+// proven one stays, and of the others those that began last: were the dropped ones
+// not refused, their recordings would be good again.
+func (q *requests) asker(r *feed.Request, now time.Time) *asker {
+	lives := q.askers[r.Node]
+	i, known := slices.BinarySearchFunc(lives, r.Boot, func(a *asker, boot uint64) int { return cmp.Compare(a.boot, boot) })
+	if known {
+		return lives[i]
+	}
+	if lives == nil && len(q.askers) >= maxAskers && !q.forget(now) {
+		return nil
+	}
+	a := &asker{boot: r.Boot, unproven: r.Unproven, full: now}
+	lives = slices.Insert(lives, i, a)
+	if len(lives) > maxLives {
+		i := slices.IndexFunc(lives, func(a *asker) bool { return a.unproven })
+		if lives[i] == a {
+			a = nil
+		}
+		lives = slices.Delete(lives, i, i+1)
+	}
+	q.askers[r.Node] = lives
+	return a
+}
+
+// share returns how many lives of its node have a part in what this one can have.
+func (q *requests) share(a *asker, node wgroam.NodeID, now time.Time) time.Duration {
+	n := time.Duration(1)
+	for _, b := range q.askers[node] {
+		if a != b && a.unproven && b.unproven && b.full.After(now) {
+			n++
+		}
+	}
+	return n
+}
+
 // forget drops one node that has not asked lately.
 func (q *requests) forget(now time.Time) bool {
-	for n, a := range q.askers {
-		if a.waiting == nil && a.full.Before(now) {
+	for n, lives := range q.askers {
+		if !slices.ContainsFunc(lives, func(a *asker) bool { return a.waiting != nil || !a.full.Before(now) }) {
 			delete(q.askers, n)
 			return true
 		}
@@ -113,11 +158,15 @@ func (q *requests) forget(now time.Time) bool {
 }
 
 // sent notes how many records were the answer to a request.
-func (q *requests) sent(r *feed.Request, records int) {
+func (q *requests) sent(r *feed.Request, records int) { q.sentAt(r, records, time.Now()) }
+
+func (q *requests) sentAt(r *feed.Request, records int, now time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if a := q.askers[name{r.Node, r.Unproven}]; a != nil {
-		a.full = a.full.Add(time.Duration(records) * perRecord)
+	for _, a := range q.askers[r.Node] {
+		if a.boot == r.Boot {
+			a.full = a.full.Add(time.Duration(records) * perRecord * q.share(a, r.Node, now))
+		}
 	}
 }
 

@@ -52,30 +52,95 @@ func TestRequestsReplayed(t *testing.T) {
 	}
 }
 
-// TestRequestsUnproven: recordings of two former lives of a node, by turns, get
-// two answers and one a second, and take nothing from the node itself.
+// TestRequestsUnproven: recordings of former lives of a node, by turns and over and
+// over, get one answer each, and take nothing from the node itself, whether it is
+// proven or has just begun another life.
 func TestRequestsUnproven(t *testing.T) {
+	for _, former := range []int{2, 5 * maxLives} {
+		q, now := newRequests(), time.Unix(1000, 0)
+		const seconds, each, recorded = 120, 10, 3
+		var recordings, proven, restarted int
+		const live = 1000
+		for i := range seconds * each {
+			now = now.Add(time.Second / each)
+			for boot := range former {
+				r := ask(1, boot+1, 1+i%recorded)
+				r.Unproven = true
+				q.addAt(r, now)
+			}
+			q.addAt(ask(2, live, i+1), now)
+			for boot := range former {
+				r := ask(2, boot+1, 1+i%recorded)
+				r.Unproven = true
+				q.addAt(r, now)
+			}
+			var waits *feed.Request
+			if i%each == 0 { // as it does until it has an answer
+				waits = ask(1, live, i+1)
+				waits.Unproven = true
+				q.addAt(waits, now)
+			}
+			for r := q.next(); r != nil; r = q.next() {
+				switch {
+				case r.Boot != live:
+					recordings++
+				case r.Node == 2:
+					proven++
+				case r == waits:
+					restarted++
+				}
+				if r.Unproven {
+					q.sentAt(r, 1000, now)
+				}
+			}
+		}
+		if recordings > 2*former*recorded {
+			t.Errorf("%d former lives: recordings were answered %d times", former, recordings)
+		}
+		if proven != seconds*each {
+			t.Errorf("%d former lives: the node itself was answered %d times of %d", former, proven, seconds*each)
+		}
+		if restarted < seconds/2 {
+			t.Errorf("%d former lives: the node that restarted was answered %d times of %d", former, restarted, seconds)
+		}
+	}
+}
+
+// TestRequestsClockSetBack: the present life of a node is the oldest by its clock,
+// and the only one that has anything new to ask.
+func TestRequestsClockSetBack(t *testing.T) {
 	q, now := newRequests(), time.Unix(1000, 0)
-	answers := map[uint64]int{}
-	const seconds, each = 10, 10
-	for i := range seconds * each {
-		now = now.Add(time.Second / each)
-		for _, boot := range []int{3, 9} {
-			r := ask(1, boot, 1)
+	answered, proven := 0, 0
+	for i := range 100 {
+		now = now.Add(time.Second / 10)
+		q.addAt(ask(2, 1, i+1), now)
+		for boot := range 3 * maxLives {
+			r := ask(2, 2+boot, 1+i)
 			r.Unproven = true
 			q.addAt(r, now)
 		}
-		live := ask(1, 5, i+1)
+		for boot := 2; boot <= maxLives; boot++ {
+			r := ask(1, boot, 1+i)
+			r.Unproven = true
+			q.addAt(r, now)
+		}
+		live := ask(1, 1, 1+i)
+		live.Unproven = true
 		q.addAt(live, now)
 		for r := q.next(); r != nil; r = q.next() {
-			answers[r.Boot]++
+			switch {
+			case r == live:
+				answered++
+			case r.Node == 2 && r.Boot == 1:
+				proven++
+			}
 		}
 	}
-	if n := answers[3] + answers[9]; n > seconds+2 {
-		t.Errorf("recordings were answered %d times in %d s", n, seconds)
+	if proven != 100 {
+		t.Errorf("the proven life was answered %d times of 100", proven)
 	}
-	if n := answers[5]; n != seconds*each {
-		t.Errorf("the node itself was answered %d times of %d", n, seconds*each)
+	if least := 10 / maxLives; answered < least {
+		t.Errorf("answered %d times in 10 s, want %d", answered, least)
 	}
 }
 
@@ -107,7 +172,7 @@ func TestRequestsRate(t *testing.T) {
 }
 
 // TestRequestsOfAll: a node that asks for a large table all the time, over and over,
-// gets no more than so many records a second, whichever life it says to be.
+// gets no more than so many records a second, with all the lives that it says to have.
 func TestRequestsOfAll(t *testing.T) {
 	const seconds, table = 20, 100_000
 	q, now := newRequests(), time.Unix(1000, 0)
@@ -115,13 +180,15 @@ func TestRequestsOfAll(t *testing.T) {
 	for i := range seconds * 50 {
 		now = now.Add(20 * time.Millisecond)
 		for _, unproven := range []bool{false, true} {
-			r := ask(1, i%3, i+1)
-			r.Unproven = unproven
+			r := ask(1, 9, i+1)
+			if r.Unproven = unproven; unproven {
+				r.Boot = uint64(i % 3)
+			}
 			q.addAt(r, now)
 		}
 		for r := q.next(); r != nil; r = q.next() {
 			records[r.Unproven] += table
-			q.sent(r, table)
+			q.sentAt(r, table, now)
 		}
 	}
 	for unproven, n := range records {
