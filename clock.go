@@ -108,12 +108,15 @@ func (c *Clock) Merge(h HLC, now time.Time) error {
 // MaxSkew is how far ahead of the local clock a stamp may be.
 func (c *Clock) MaxSkew() time.Duration { return c.maxSkew }
 
+// Limit is the newest stamp that others with the right time accept now.
+func (c *Clock) Limit(now time.Time) HLC { return HLCAt(now.Add(c.maxSkew)) }
+
 // Ahead reports whether the clock goes on from a stamp that others would refuse
 // now. It does when the wall clock was ahead and has been set back.
 func (c *Clock) Ahead(now time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	limit := HLCAt(now.Add(c.maxSkew))
+	limit := c.Limit(now)
 	return c.last > limit || len(c.merged) > 0 && c.merged[len(c.merged)-1].hlc > limit
 }
 
@@ -127,7 +130,7 @@ func (c *Clock) Ahead(now time.Time) bool {
 func (c *Clock) Rewind(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	limit := HLCAt(now.Add(c.maxSkew))
+	limit := c.Limit(now)
 	c.last = min(c.last, limit)
 	n := sort.Search(len(c.merged), func(i int) bool { return c.merged[i].hlc > limit })
 	c.merged = c.merged[:n]

@@ -199,6 +199,35 @@ func (t *Table) Revise(change func(Record) (Record, bool)) {
 	t.forget()
 }
 
+// Rewind takes back what is stamped later than limit, because the wall clock was
+// ahead and has been set back by step, to now. The others have refused it, and would
+// go on to; here it would win over all that is seen until the clock is there again. The
+// observations of self stay, with the times that the clock should have shown, for
+// nobody else may have them.
+//
+// If the clock was set ahead and back since the last look, step is too small for
+// what was stamped in between. That is dated now, too late by no more than the time
+// between two looks.
+func (t *Table) Rewind(self NodeID, limit HLC, step time.Duration, now time.Time) {
+	t.Revise(func(r Record) (Record, bool) {
+		switch {
+		case r.Version.HLC <= limit:
+			return r, false
+		case r.Version.Node != self:
+			return Record{Peer: r.Peer}, true
+		}
+		r.Version.HLC = min(HLCAt(r.Version.HLC.Time().Add(-step)), HLCAt(now))
+		return r, true
+	})
+}
+
+// Newest is the newest stamp of all records, zero if there is none.
+func (t *Table) Newest() HLC {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.newest
+}
+
 func (t *Table) hash(r Record) uint64 {
 	var buf [32 + RecordSize]byte
 	b, _ := r.AppendBinary(append(buf[:0], t.digestKey[:]...))

@@ -355,6 +355,49 @@ func TestTableRevise(t *testing.T) {
 	}
 }
 
+// TestTableRewind: what was seen while the clock was an hour ahead does not stand in
+// the way when it has been set right.
+func TestTableRewind(t *testing.T) {
+	const self, other = 1, 2
+	table := NewTable(digestKey)
+	now := time.UnixMilli(1_700_000_000_000)
+	ahead, limit := now.Add(time.Hour), HLCAt(now.Add(10*time.Second))
+	seen := func(peer byte, node NodeID, when time.Time) {
+		table.Merge(Record{
+			Peer: Key{peer}, Endpoint: netip.MustParseAddrPort("198.51.100.7:1"), Cause: CauseData,
+			Version: Version{HLC: HLCAt(when), Node: node},
+		})
+	}
+	check := func(peer byte, want time.Time) {
+		t.Helper()
+		if r, ok := table.Get(Key{peer}); !ok || r.Version.HLC != HLCAt(want) {
+			t.Errorf("peer %d: %+v, %v; want it of %v", peer, r, ok, want)
+		}
+	}
+	seen(1, self, ahead.Add(-time.Minute))
+	seen(2, other, ahead)
+	seen(3, other, now)
+	table.Rewind(self, limit, time.Hour, now)
+	check(1, now.Add(-time.Minute))
+	if r, ok := table.Get(Key{2}); ok {
+		t.Errorf("another's from the future is still there: %+v", r)
+	}
+	check(3, now)
+	// Set ahead and back again between two looks, which saw less of a step.
+	seen(4, self, ahead)
+	if table.Newest() != HLCAt(ahead) {
+		t.Errorf("newest is %v, want %v", table.Newest().Time(), ahead)
+	}
+	table.Rewind(self, limit, 59*time.Minute, now)
+	check(4, now)
+	// The peer has been seen elsewhere since.
+	seen(1, other, now.Add(-time.Second))
+	check(1, now.Add(-time.Second))
+	if table.Newest() > limit {
+		t.Errorf("the newest stamp is still ahead: %v", table.Newest().Time())
+	}
+}
+
 // TestTableAges: what is too old follows from the records that a table has seen, in
 // whatever order, and nothing that is younger is forgotten.
 func TestTableAges(t *testing.T) {

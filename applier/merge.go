@@ -32,8 +32,8 @@ const (
 	// futureFor is how long after the last record from the future it is still
 	// worth an alarm. While a node has any, it is asked more often than that.
 	futureFor = 6 * futileFor
-	// clockCheck is how soon it is noticed that the wall clock has been set back.
-	clockCheck = 250 * time.Millisecond
+	// calmCheck is how often it is looked whether an alarm is over.
+	calmCheck = time.Second
 	// sessionLife is how long a WireGuard session can be used without a new
 	// handshake (messages.h, REJECT_AFTER_TIME).
 	sessionLife = 180 * time.Second
@@ -351,19 +351,14 @@ func (m *Merger) refuse(why string) {
 
 // Run asks other nodes for what is missing, until ctx ends.
 func (m *Merger) Run(ctx context.Context) {
-	tick := time.NewTicker(clockCheck)
+	tick := time.NewTicker(calmCheck)
 	defer tick.Stop()
-	for last := m.cfg.Now(); ; {
+	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			now := m.cfg.Now()
-			m.calm(now)
-			if m.cfg.Clock.Ahead(now) {
-				m.rewind(wgroam.SetBack(last, now), now)
-			}
-			last = now
+			m.calm(m.cfg.Now())
 			continue
 		case <-m.kick:
 		}
@@ -371,31 +366,6 @@ func (m *Merger) Run(ctx context.Context) {
 			m.sync(ctx, id)
 		}
 	}
-}
-
-// rewind takes back what was stamped with a wall clock that was ahead and has been
-// set back by step. The others have refused it, and would go on to; here it
-// would win over all that is seen until the clock is there again. Our own
-// observations stay, with the times that the clock should have shown, for nobody
-// else may have them.
-//
-// If the clock was set ahead and back since the last look, step is too small for
-// what was stamped in between. That is dated now, too late by no more than the time
-// between two looks.
-func (m *Merger) rewind(step time.Duration, now time.Time) {
-	m.cfg.Clock.Rewind(now)
-	limit := wgroam.HLCAt(now.Add(m.cfg.Clock.MaxSkew()))
-	m.cfg.Table.Revise(func(r wgroam.Record) (wgroam.Record, bool) {
-		switch {
-		case r.Version.HLC <= limit:
-			return r, false
-		case r.Version.Node != m.cfg.Self:
-			return wgroam.Record{Peer: r.Peer}, true
-		}
-		r.Version.HLC = min(wgroam.HLCAt(r.Version.HLC.Time().Add(-step)), wgroam.HLCAt(now))
-		return r, true
-	})
-	m.cfg.Log.Warn("this host's clock has been set back; what it saw while ahead is dated back, too", "by", step.Round(time.Millisecond))
 }
 
 // next returns a node to ask, or zero.

@@ -788,49 +788,6 @@ func (e *end) syncOnce(t *testing.T) {
 	}
 }
 
-// TestRewind: what was seen while the clock was an hour ahead does not stand in
-// the way when it has been set right.
-func TestRewind(t *testing.T) {
-	m := newMerger(nil)
-	now := time.Now()
-	ahead := now.Add(time.Hour)
-	stamped := func(n int, node wgroam.NodeID, when time.Time) wgroam.Record {
-		r := record(key(n), at(n), 0)
-		r.Version = wgroam.Version{HLC: wgroam.HLCAt(when), Node: node}
-		return r
-	}
-	ours := stamped(1, self, ahead.Add(-time.Minute))
-	ours.Version.HLC = m.cfg.Clock.Stamp(ahead.Add(-time.Minute))
-	m.cfg.Table.Merge(ours)
-	m.cfg.Table.Merge(stamped(2, other, ahead))
-	m.cfg.Table.Merge(stamped(3, other, now))
-
-	m.rewind(time.Hour, now)
-	if r, ok := m.cfg.Table.Get(key(1)); !ok || r.Version.HLC != wgroam.HLCAt(now.Add(-time.Minute)) || r.Endpoint != ours.Endpoint {
-		t.Errorf("our own observation became %+v, %v", r, ok)
-	}
-	if r, ok := m.cfg.Table.Get(key(2)); ok {
-		t.Errorf("another's from the future is still there: %+v", r)
-	}
-	if _, ok := m.cfg.Table.Get(key(3)); !ok {
-		t.Error("another's of now is gone")
-	}
-	// Set ahead and back again between two looks, which saw less of a step.
-	m.cfg.Table.Merge(stamped(4, self, ahead))
-	m.rewind(59*time.Minute, now)
-	if r, ok := m.cfg.Table.Get(key(4)); !ok || r.Version.HLC != wgroam.HLCAt(now) {
-		t.Errorf("what was seen between two steps of the clock became %+v, %v", r, ok)
-	}
-	// The peer has been seen elsewhere since.
-	m.Update(update(1, 1, stamped(1, other, now.Add(-time.Second))))
-	if r, _ := m.cfg.Table.Get(key(1)); r.Version.Node != other {
-		t.Errorf("the old observation wins: %+v", r)
-	}
-	if h := m.cfg.Clock.Stamp(now); h.Time().Sub(now) > m.cfg.Clock.MaxSkew() {
-		t.Errorf("the next stamp is %v from now", h.Time().Sub(now))
-	}
-}
-
 // TestFuture: records from the future raise an alarm once, for as long as they come.
 func TestFuture(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -130,6 +131,7 @@ type device struct {
 	former  []formerKeys
 	table   *wgroam.Table
 	clock   *wgroam.Clock
+	looked  time.Time // at the clock, by the session
 }
 
 // where names a device for people: wg0, or wg0@blue in the namespace blue.
@@ -249,6 +251,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	g.Go(func() error { return s.tracker.Run(ctx) })
 	g.Go(func() error { s.applier.Run(ctx); return nil })
 	g.Go(func() error { s.merger.Run(ctx); return nil })
+	g.Go(func() error { d.watchClock(ctx, s); return nil })
 	g.Go(func() error { return pub.Run(ctx) })
 	g.Go(func() error { s.state.Run(ctx); return nil })
 	for _, m := range s.former {
@@ -380,6 +383,45 @@ func (d *device) record(s *session, o wgroam.Observation) {
 		Peer: o.Peer, Endpoint: o.New, Cause: o.Cause,
 		Version: wgroam.Version{HLC: hlc, Node: s.feed.Self()},
 	})
+}
+
+// clockCheck is how soon it is noticed that the wall clock has been set back.
+const clockCheck = 250 * time.Millisecond
+
+// watchClock looks whether the wall clock has been set back, until ctx ends.
+func (d *device) watchClock(ctx context.Context, s *session) {
+	tick := time.NewTicker(clockCheck)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		tables := []*wgroam.Table{s.table}
+		for _, m := range s.former {
+			tables = append(tables, m.table)
+		}
+		d.rewind(s.feed.Self(), time.Now(), tables...)
+	}
+}
+
+// rewind takes back what was seen with a wall clock that was ahead, in all tables at
+// once, for they share the clock. It goes by the tables as well as by the clock: what
+// was stamped before, and came into a table after, is found the next time.
+func (d *device) rewind(self wgroam.NodeID, now time.Time, tables ...*wgroam.Table) {
+	step := wgroam.SetBack(d.looked, now)
+	d.looked = now
+	limit := d.clock.Limit(now)
+	if !d.clock.Ahead(now) && !slices.ContainsFunc(tables, func(t *wgroam.Table) bool { return t.Newest() > limit }) {
+		return
+	}
+	// The clock last: until then, what is seen wins in the tables.
+	for _, t := range tables {
+		t.Rewind(self, limit, step, now)
+	}
+	d.clock.Rewind(now)
+	d.log.Warn("this host's clock has been set back; what it saw while ahead is dated back, too", "by", step.Round(time.Millisecond))
 }
 
 // event returns an observation that reached us at the time seen as others get it.

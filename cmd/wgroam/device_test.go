@@ -60,3 +60,37 @@ func TestRenew(t *testing.T) {
 		})
 	}
 }
+
+// TestClockSetBack: a table of former keys follows a clock that is set back as the
+// device's own does, whoever looks first.
+func TestClockSetBack(t *testing.T) {
+	const self, skew = 1, 10 * time.Second
+	right := time.Now()
+	d := &device{log: slog.New(slog.DiscardHandler), clock: wgroam.NewClock(skew)}
+	at := netip.MustParseAddrPort("198.51.100.7:1")
+	seen := func(peer byte, when time.Time) wgroam.Record {
+		return wgroam.Record{
+			Peer: wgroam.Key{peer}, Endpoint: at, Cause: wgroam.CauseData,
+			Version: wgroam.Version{HLC: d.clock.Stamp(when), Node: self},
+		}
+	}
+	tables := []*wgroam.Table{wgroam.NewTable([32]byte{1}), wgroam.NewTable([32]byte{2})}
+	early, late := seen(1, right.Add(time.Hour)), seen(2, right.Add(time.Hour))
+	for _, table := range tables {
+		table.Merge(early)
+	}
+	d.rewind(self, right, tables...)
+	tables[1].Merge(late) // which was on its way
+	d.rewind(self, right.Add(clockCheck), tables...)
+	for i, table := range tables {
+		for peer := range byte(2) {
+			r := seen(peer+1, right.Add(time.Second))
+			if r.Version.HLC > d.clock.Limit(right.Add(time.Second)) {
+				t.Errorf("a stamp of the future: %v", r.Version.HLC.Time().Sub(right))
+			}
+			if !table.Merge(r) {
+				t.Errorf("table %d: what peer %d does now is lost", i, peer+1)
+			}
+		}
+	}
+}
