@@ -54,6 +54,7 @@ type Keeper struct {
 	role   Role      // at the last step
 	port   int       // at the last dump
 	dumped time.Time // with this role; zero if not yet
+	asked  bool      // the gate itself, whether there is one
 
 	mu     sync.Mutex
 	status Status
@@ -281,10 +282,12 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 		t.add(now)
 		grown = grown || len(t.Addrs)+len(t.Routes) != n
 	}
+	keep := k.cfg.Memory.flush
 	if grown {
-		if err := k.cfg.Memory.keepTaken(t); err != nil {
-			return fmt.Errorf("nothing is taken from the device that could not be given back: %w", err)
-		}
+		keep = func() error { return k.cfg.Memory.keepTaken(t) }
+	}
+	if err := keep(); err != nil {
+		return fmt.Errorf("nothing is taken from the device that could not be given back: %w", err)
 	}
 	if reset {
 		if err := k.setLink(false); err != nil {
@@ -367,9 +370,9 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
 	// Before the first packet can leave, and in one stroke where the gate was shut.
 	gateErr := k.unshut(vips)
 	if t == nil {
-		return gateErr
+		return errors.Join(gateErr, k.cfg.Memory.flush())
 	}
-	giveErr := k.give(t)
+	giveErr, keep := k.give(t), k.cfg.Memory.flush
 	if !t.Called {
 		if behind := k.cfg.Behind(); behind > 0 {
 			k.cfg.Log.Error("this host's clock is behind the group's: peers ignore its handshakes for that long", "behind", behind.Round(time.Millisecond))
@@ -378,9 +381,10 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
 			return errors.Join(gateErr, giveErr, err)
 		}
 		t.Called = true
+		keep = func() error { return k.cfg.Memory.keepTaken(t) }
 	}
 	if gateErr != nil || giveErr != nil {
-		return errors.Join(gateErr, giveErr, k.cfg.Memory.keepTaken(t))
+		return errors.Join(gateErr, giveErr, keep())
 	}
 	return k.cfg.Memory.keepTaken(nil)
 }
@@ -408,11 +412,16 @@ func (k *Keeper) settle(ctx context.Context) {
 // unshut replaces what shuts the port.
 func (k *Keeper) unshut(vips []netip.Addr) error {
 	if len(vips) == 0 {
+		// Once the gate itself is asked: a daemon that could not write has left no
+		// memory of it.
+		if k.cfg.Memory.gate() || !k.asked && k.gate.says() != "" {
+			if err := k.gate.remove(); err != nil {
+				return err
+			}
+		}
+		k.asked = true
 		if !k.cfg.Memory.gate() {
 			return nil
-		}
-		if err := k.gate.remove(); err != nil {
-			return err
 		}
 		return k.cfg.Memory.keepGate(false)
 	}

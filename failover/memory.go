@@ -28,8 +28,9 @@ type Memory struct {
 	path string
 	boot string
 
-	mu   sync.Mutex
-	data memory
+	mu        sync.Mutex
+	data      memory
+	unwritten bool // data is not what is in the file, which could not be written
 }
 
 // memory is the contents of the file.
@@ -55,18 +56,20 @@ type taken struct {
 	Called bool `json:"called,omitempty"`
 }
 
+var errBoot = errors.New("this boot of the host cannot be identified: let wgroam read /proc/sys/kernel/random/boot_id")
+
 // OpenMemory reads the memory of a device, named as in the status, in the state
 // directory. A file that cannot be used is left under another name, for an
-// operator to look at; then the error says so, and the Memory is empty.
+// operator to look at; then the error says so, and the Memory is empty. It is
+// empty, and nothing is written, where this boot of the host cannot be told from
+// others.
 func OpenMemory(dir, device string) (*Memory, error) {
+	m := &Memory{path: filepath.Join(dir, "failover-"+url.PathEscape(device)+".json")}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return nil, fmt.Errorf("identify this boot of the host: %w", err)
+		return m, fmt.Errorf("%w: %w", errBoot, err)
 	}
-	m := &Memory{
-		path: filepath.Join(dir, "failover-"+url.PathEscape(device)+".json"),
-		boot: strings.TrimSpace(string(boot)),
-	}
+	m.boot = strings.TrimSpace(string(boot))
 	m.data.Boot = m.boot
 	data, err := os.ReadFile(m.path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -112,10 +115,17 @@ func (m *Memory) taken(ifindex int) *taken {
 	return &t
 }
 
-// keepTaken keeps what was taken; nil if all is given back.
+// keepTaken keeps a copy of what was taken; nil if all is given back. After an error
+// it is kept for as long as the daemon lives, and flush tries to write it.
 func (m *Memory) keepTaken(t *taken) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if t != nil {
+		// It is written with the next word as well, while the keeper goes on with t.
+		c := *t
+		c.Keepalives = maps.Clone(t.Keepalives)
+		t = &c
+	}
 	m.data.Taken = t
 	return m.write()
 }
@@ -130,15 +140,29 @@ func (m *Memory) gate() bool {
 func (m *Memory) keepGate(there bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.data.Gate == there {
+	if m.data.Gate == there && !m.unwritten {
 		return nil
 	}
 	m.data.Gate = there
 	return m.write()
 }
 
+// flush writes what could not be written.
+func (m *Memory) flush() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.unwritten {
+		return nil
+	}
+	return m.write()
+}
+
 // write writes the file. m.mu is held.
 func (m *Memory) write() error {
+	m.unwritten = true
+	if m.boot == "" {
+		return errBoot
+	}
 	data, err := json.Marshal(m.data)
 	if err == nil {
 		err = snapshot.Replace(m.path, data)
@@ -146,5 +170,6 @@ func (m *Memory) write() error {
 	if err != nil {
 		return fmt.Errorf("make state.dir writable, and room there: %w", err)
 	}
+	m.unwritten = false
 	return nil
 }

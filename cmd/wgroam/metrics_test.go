@@ -24,10 +24,7 @@ func TestCollector(t *testing.T) {
 	}
 	d := &daemon{cfg: cfg, log: slog.New(slog.DiscardHandler), kernel: new(tracker.Kernel), lag: newLag()}
 	d.cfg.StateDir = t.TempDir()
-	dev, err := newDevice(d, cfg.Devices[0])
-	if err != nil {
-		t.Fatal(err)
-	}
+	dev := newDevice(d, cfg.Devices[0])
 	d.devices = []*device{dev}
 
 	problems, err := testutil.CollectAndLint(collector{d})

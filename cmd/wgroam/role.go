@@ -21,12 +21,9 @@ import (
 )
 
 // newDevice returns a device of the configuration, without a session.
-func newDevice(d *daemon, dc config.Device) (*device, error) {
+func newDevice(d *daemon, dc config.Device) *device {
 	dev := &device{cfg: dc, d: d, log: placeLog(d.log, dc.Netns).With("device", dc.Name)}
 	memory, err := failover.OpenMemory(d.cfg.StateDir, where(dc.Name, dc.Netns))
-	if memory == nil {
-		return nil, err
-	}
 	if err != nil {
 		dev.log.Error("what the verb role and keepalived said last is not known", "err", err)
 	}
@@ -38,7 +35,7 @@ func newDevice(d *daemon, dc config.Device) (*device, error) {
 	dev.desk = failover.NewDesk(failover.DeskConfig{
 		Fixed: fixed, VIP: dev.watchesVIP(), Memory: memory, Others: dev.actives, Log: dev.log,
 	})
-	return dev, nil
+	return dev
 }
 
 // watchesVIP tells whether the virtual IP is a source of the role.

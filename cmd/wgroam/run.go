@@ -84,11 +84,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		defer d.shutdown()
 	}
 	for _, dc := range cfg.Devices {
-		dev, err := newDevice(d, dc)
-		if err != nil {
-			return err
-		}
-		d.devices = append(d.devices, dev)
+		d.devices = append(d.devices, newDevice(d, dc))
 	}
 
 	g, ctx := errgroup.WithContext(ctx)

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+
+package failover
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/wg"
+)
+
+// TestMemoryFull: nothing is taken from a device while that cannot be written,
+// however often it is tried; and it is written as soon as it can be.
+func TestMemoryFull(t *testing.T) {
+	inNamespace(t)
+	d := upLink(t)
+	dir := filepath.Join(t.TempDir(), "state")
+	k, desk := testKeeper(t, dir, "down", d)
+	k.cfg.Device = &crash{d, 1000}
+	if err := os.WriteFile(dir, nil, 0o600); err != nil { // in the place of the directory
+		t.Fatal(err)
+	}
+	if err := desk.Say(ByVerb, Standby); err == nil {
+		t.Error("a word was kept")
+	}
+	for range 3 {
+		k.Step(t.Context())
+		if err := k.Status().Err; err == nil || !strings.Contains(err.Error(), "state.dir") {
+			t.Errorf("without a memory: %v", err)
+		}
+		if !isUp(t) || d.peers[peerKey(0)].Keepalive == 0 {
+			t.Error("something was taken")
+		}
+		if says := k.gate.says(); says != shut(51820) {
+			t.Errorf("the gate says %q", says)
+		}
+	}
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	k.Step(t.Context())
+	if err := k.Status().Err; err != nil {
+		t.Error(err)
+	}
+	if isUp(t) || d.peers[peerKey(0)].Keepalive != 0 {
+		t.Error("the device is not quiet")
+	}
+	m, err := OpenMemory(dir, "wg0")
+	if err != nil || m.data.Words.Verb != Standby || !m.data.Gate || m.data.Taken == nil || m.data.Taken.Keepalives[peerKey(0)] != time.Minute {
+		t.Errorf("the file has %+v, error %v", m.data, err)
+	}
+}
+
+// TestMemoryCopies: what is kept does not change with what the keeper has.
+func TestMemoryCopies(t *testing.T) {
+	m, err := OpenMemory(t.TempDir(), "wg0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken := &taken{Ifindex: 1, Keepalives: map[wgroam.Key]time.Duration{}}
+	if err := m.keepTaken(taken); err != nil {
+		t.Fatal(err)
+	}
+	var w sync.WaitGroup
+	w.Go(func() {
+		if err := m.keepWords(Active, ""); err != nil {
+			t.Error(err)
+		}
+	})
+	taken.Keepalives[peerKey(1)], taken.Called = time.Second, true
+	w.Wait()
+	if now := m.taken(1); now.Called || len(now.Keepalives) > 0 {
+		t.Errorf("kept: %+v", now)
+	}
+}
+
+// TestMemoryWithoutBoot: what could be of another boot is neither believed nor
+// written.
+func TestMemoryWithoutBoot(t *testing.T) {
+	m := &Memory{path: filepath.Join(t.TempDir(), "file")}
+	if err := m.keepTaken(&taken{}); err == nil || !strings.Contains(err.Error(), "boot_id") {
+		t.Errorf("error %v", err)
+	}
+	if _, err := os.Stat(m.path); err == nil {
+		t.Error("it was written")
+	}
+}
+
+// TestGateLeft: a gate that a daemon without memory has left shut is opened where
+// there is no role.
+func TestGateLeft(t *testing.T) {
+	inNamespace(t)
+	k, desk := testKeeper(t, t.TempDir(), "down", upLink(t))
+	if err := k.gate.shut(51820); err != nil {
+		t.Fatal(err)
+	}
+	desk.words.Config = Always
+	k.Step(t.Context())
+	if says := k.gate.says(); says != "" || k.Status().Err != nil {
+		t.Errorf("the gate says %q, error %v", says, k.Status().Err)
+	}
+}
+
+// upLink makes the link of testKeeper in this thread's namespace, and sets it up;
+// the device has one peer, with an interval.
+func upLink(t *testing.T) *fakeDevice {
+	t.Helper()
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "one"}, PeerName: "two"}); err != nil {
+		t.Fatal(err)
+	}
+	link, err := netlink.LinkByName("one")
+	if err == nil {
+		err = netlink.LinkSetUp(link)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &fakeDevice{t: t, peers: map[wgroam.Key]*fakePeer{
+		peerKey(0): {Peer: wg.Peer{Key: peerKey(0), Keepalive: time.Minute}},
+	}}
+}
+
+func isUp(t *testing.T) bool {
+	t.Helper()
+	link, err := wg.LinkByName("one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return link.Up
+}
