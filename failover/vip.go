@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -23,13 +24,15 @@ func WatchVIP(ctx context.Context, vips []netip.Addr, here func(bool)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	err := wg.WatchAddrs(ctx, func() {
-		has, err := hasOne(vips)
-		if err != nil {
+		has, err := hasOne(ctx, vips, addresses)
+		switch {
+		case ctx.Err() != nil:
+		case err != nil:
 			failed = err
 			cancel()
-			return
+		default:
+			here(has)
 		}
-		here(has)
 	})
 	return errors.Join(failed, err)
 }
@@ -37,19 +40,42 @@ func WatchVIP(ctx context.Context, vips []netip.Addr, here func(bool)) error {
 // unusable are the addresses that the kernel does not use (yet), or not any more.
 const unusable = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
 
-// hasOne reports whether one of the addresses is on a link.
-func hasOne(vips []netip.Addr) (bool, error) {
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	// An interrupted dump is followed by the change that interrupted it.
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return false, fmt.Errorf("list addresses: %w", err)
-	}
-	for _, a := range addrs {
-		addr, ok := netip.AddrFromSlice(a.IP)
-		optimistic := a.Flags&unix.IFA_F_OPTIMISTIC != 0
-		if ok && slices.Contains(vips, addr.Unmap()) && (a.Flags&unusable == 0 || optimistic && a.Flags&unix.IFA_F_DADFAILED == 0) {
+// addresses lists the addresses of all links.
+func addresses() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) }
+
+// dumpAgain is how long after an interrupted dump the next one begins.
+const dumpAgain = 10 * time.Millisecond
+
+// hasOne reports whether one of the addresses is on a link, until ctx ends. In a
+// dump that was interrupted something may be missing, which would demote a node that
+// peers rely on.
+func hasOne(ctx context.Context, vips []netip.Addr, list func() ([]netlink.Addr, error)) (bool, error) {
+	for {
+		addrs, err := list()
+		interrupted := errors.Is(err, netlink.ErrDumpInterrupted)
+		if err != nil && !interrupted {
+			return false, fmt.Errorf("list addresses: %w", err)
+		}
+		if slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return isUsable(a) && isOneOf(vips, a) }) {
 			return true, nil
 		}
+		if !interrupted {
+			return false, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, ctx.Err()
+		case <-time.After(dumpAgain):
+		}
 	}
-	return false, nil
+}
+
+func isOneOf(vips []netip.Addr, a netlink.Addr) bool {
+	addr, ok := netip.AddrFromSlice(a.IP)
+	return ok && slices.Contains(vips, addr.Unmap())
+}
+
+func isUsable(a netlink.Addr) bool {
+	optimistic := a.Flags&unix.IFA_F_OPTIMISTIC != 0
+	return a.Flags&unusable == 0 || optimistic && a.Flags&unix.IFA_F_DADFAILED == 0
 }
