@@ -95,24 +95,16 @@ const (
 	// dumpEvery is how often the device is read: nobody tells when somebody sets a
 	// port or a keepalive. The gate holds without that.
 	dumpEvery = 10 * time.Second
+	// watchAgain is how long after a failure links are watched again.
+	watchAgain = 10 * time.Second
 )
 
 // Run keeps the device until ctx ends, and leaves it as it is then.
-func (k *Keeper) Run(ctx context.Context) error {
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
+func (k *Keeper) Run(ctx context.Context) {
 	links := make(chan struct{}, 1)
-	watched := make(chan error, 1)
-	go func() {
-		watched <- k.cfg.Space.Do(func() error {
-			return wg.WatchLinks(ctx, func() {
-				select {
-				case links <- struct{}{}:
-				default:
-				}
-			})
-		})
-	}()
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	watch.Go(func() { k.watchLinks(ctx, links) })
 	for {
 		step, cancel := context.WithCancel(ctx)
 		done := make(chan struct{})
@@ -131,13 +123,34 @@ func (k *Keeper) Run(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			stop()
-			return <-watched
-		case err := <-watched:
-			return err
+			return
 		case <-k.cfg.Desk.Changed():
 		case <-links:
 		case <-time.After(keepEvery):
+		}
+	}
+}
+
+// watchLinks delivers after links may have changed, until ctx ends. Where they cannot
+// be watched, as without a file descriptor to be had, the keeper looks less often.
+func (k *Keeper) watchLinks(ctx context.Context, links chan<- struct{}) {
+	for {
+		err := k.cfg.Space.Do(func() error {
+			return wg.WatchLinks(ctx, func() {
+				select {
+				case links <- struct{}{}:
+				default:
+				}
+			})
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		k.cfg.Log.Warn("cannot watch links; trying again", "in", watchAgain, "err", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(watchAgain):
 		}
 	}
 }

@@ -225,7 +225,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	})
 	g, ctx := errgroup.WithContext(ctx)
 	// At once: a standby must not speak while the other parts take their time.
-	g.Go(func() error { return s.keeper.Run(ctx) })
+	g.Go(func() error { s.keeper.Run(ctx); return nil })
 	if err := s.tracker.Start(); err != nil {
 		g.Go(func() error { return err }) // which ends ctx
 		return g.Wait()

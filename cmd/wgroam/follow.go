@@ -183,26 +183,33 @@ func followLink(ctx context.Context, space *wg.Space, name string, log *slog.Log
 	return g.Wait()
 }
 
-// watchLinks is wg.WatchLinks in a namespace, again and again where that fails, as
-// it does without a file descriptor to be had. Links that come meanwhile are found
-// at each attempt.
+// watchLinks is wg.WatchLinks in a namespace, again and again. Links that come
+// between two attempts are found at each.
 func watchLinks(ctx context.Context, space *wg.Space, log *slog.Logger, wake func()) error {
+	return again(ctx, log, "cannot watch links; trying again", func() error {
+		wake()
+		return space.Do(func() error { return wg.WatchLinks(ctx, wake) })
+	})
+}
+
+// again runs f until ctx ends, again and again where it fails, as it does without a
+// file descriptor to be had. It returns an error that no waiting can help.
+func again(ctx context.Context, log *slog.Logger, complaint string, f func() error) error {
 	for delay := watchDelay; ; delay = min(2*delay, watchDelayMax) {
 		began := time.Now()
-		err := space.Do(func() error { return wg.WatchLinks(ctx, wake) })
+		err := f()
 		if ctx.Err() != nil || hopeless(err) != nil {
 			return hopeless(err)
 		}
 		if time.Since(began) > watchDelayMax {
 			delay = watchDelay // it worked for a while
 		}
-		log.Warn("cannot watch links; trying again", "in", delay, "err", err)
+		log.Warn(complaint, "in", delay, "err", err)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-time.After(delay):
 		}
-		wake()
 	}
 }
 

@@ -106,14 +106,16 @@ func (d *device) watchVIP(ctx context.Context) error {
 	return inSpace(ctx, d.cfg.Netns, func(err error) {
 		d.log.Warn("cannot see the virtual IP; trying again", "err", err)
 	}, func(ctx context.Context, space *wg.Space) error {
-		return space.Do(func() error {
-			return failover.WatchVIP(ctx, d.cfg.VIP, func(here bool) {
-				role := failover.Standby
-				if here {
-					role = failover.Active
-				}
-				// Only words that are kept can fail.
-				_ = d.desk.Say(failover.ByVIP, role)
+		return again(ctx, d.log, "cannot see the virtual IP; trying again", func() error {
+			return space.Do(func() error {
+				return failover.WatchVIP(ctx, d.cfg.VIP, func(here bool) {
+					role := failover.Standby
+					if here {
+						role = failover.Active
+					}
+					// Only words that are kept can fail.
+					_ = d.desk.Say(failover.ByVIP, role)
+				})
 			})
 		})
 	})
