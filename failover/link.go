@@ -81,40 +81,80 @@ func routeOf(m []byte, ifindex int) bool {
 	return len(oif) == 4 && int(binary.NativeEndian.Uint32(oif)) == ifindex
 }
 
-// give gives an interface its settings back. What it has already is no error; what
-// it does not have in the end is.
+// give gives an interface those of its settings back that it does not have. What it
+// cannot be given is an error, after all the others.
 func (s settings) give(ifindex int) error {
-	for _, m := range s.Addrs {
-		if err := request(unix.RTM_NEWADDR, m); err != nil {
-			return fmt.Errorf("give back an address: %w", err)
-		}
-	}
-	// Those by way of others come after the others.
-	routes := slices.Clone(s.Routes)
-	slices.SortStableFunc(routes, func(a, b []byte) int { return cmp.Compare(gateways(a), gateways(b)) })
-	for _, m := range routes {
-		m = bytes.Clone(m)
-		// What the kernel says of a route and does not accept for one (fib_create_info).
-		flags := binary.NativeEndian.Uint32(m[8:]) & unix.RTNH_F_ONLINK
-		binary.NativeEndian.PutUint32(m[8:], flags)
-		if err := request(unix.RTM_NEWROUTE, m); err != nil {
-			return fmt.Errorf("give back a route: %w", err)
-		}
-	}
 	now, err := readSettings(ifindex)
 	if err != nil {
 		return err
 	}
-	missing := 0
-	for _, m := range s.Routes {
-		if !has(now.Routes, m) {
-			missing++
+	// The kernel puts a new address before the others of its scope, and sends from
+	// the first (addrconf.c, ipv6_link_dev_addr): the last one first.
+	var addrs, routes missing
+	for _, m := range slices.Backward(s.Addrs) {
+		if !has(now.Addrs, m) {
+			addrs.add(m, request(unix.RTM_NEWADDR, m))
 		}
 	}
-	if missing > 0 {
-		return fmt.Errorf("%d routes are not back: others are in their place", missing)
+	// Those by way of others come after the others.
+	ordered := slices.Clone(s.Routes)
+	slices.SortStableFunc(ordered, func(a, b []byte) int { return cmp.Compare(gateways(a), gateways(b)) })
+	for _, m := range ordered {
+		if !has(now.Routes, m) {
+			routes.add(m, requestRoute(m))
+		}
 	}
-	return nil
+	// Or they lead by way of one that came after them.
+	again := routes.of
+	routes = missing{}
+	for _, m := range again {
+		routes.add(m, requestRoute(m))
+	}
+	if now, err = readSettings(ifindex); err != nil {
+		return err
+	}
+	inPlace := 0
+	for _, m := range s.Routes {
+		if !has(now.Routes, m) && !has(routes.of, m) {
+			inPlace++
+		}
+	}
+	if inPlace > 0 {
+		err = fmt.Errorf("%d routes are not back: others are in their place", inPlace)
+	}
+	return errors.Join(addrs.err("addresses"), routes.err("routes"), err)
+}
+
+// missing is what could not be made.
+type missing struct {
+	of    [][]byte
+	first error
+}
+
+func (f *missing) add(m []byte, err error) {
+	if err == nil {
+		return
+	}
+	if f.first == nil {
+		f.first = err
+	}
+	f.of = append(f.of, m)
+}
+
+func (f *missing) err(what string) error {
+	if f.first == nil {
+		return nil
+	}
+	return fmt.Errorf("%d %s are not back, the first because: %w", len(f.of), what, f.first)
+}
+
+// requestRoute makes a route, unless it is there.
+func requestRoute(m []byte) error {
+	m = bytes.Clone(m)
+	// What the kernel says of a route and does not accept for one (fib_create_info).
+	flags := binary.NativeEndian.Uint32(m[8:]) & unix.RTNH_F_ONLINK
+	binary.NativeEndian.PutUint32(m[8:], flags)
+	return request(unix.RTM_NEWROUTE, m)
 }
 
 func gateways(m []byte) int {

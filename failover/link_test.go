@@ -3,6 +3,7 @@
 package failover
 
 import (
+	"bytes"
 	"encoding/json"
 	"net"
 	"os"
@@ -129,6 +130,24 @@ func TestSettings(t *testing.T) {
 		must(kept.give(one))
 		equal("given back twice")
 	}
+	// The first of an order is the source of what has none.
+	now, err := readSettings(one)
+	must(err)
+	if !slices.EqualFunc(now.Addrs, before.Addrs, bytes.Equal) {
+		t.Errorf("the addresses are %x, want %x, in that order", now.Addrs, before.Addrs)
+	}
+
+	// One that cannot be given back is no reason to leave out the others.
+	must(setLink(one, false))
+	must(setLink(one, true))
+	bad := kept
+	bad.Addrs = append([][]byte{before.Addrs[0][:unix.SizeofIfAddrmsg]}, append(slices.Clone(before.Addrs), before.Addrs[0][:unix.SizeofIfAddrmsg])...)
+	bad.Routes = append([][]byte{before.Routes[0][:unix.SizeofRtMsg]}, before.Routes...)
+	if err := bad.give(one); err == nil || !strings.Contains(err.Error(), "2 addresses are not back") || !strings.Contains(err.Error(), "1 routes are not back") {
+		t.Errorf("with what cannot be made: error %v", err)
+	}
+	equal("given back, but for what cannot be")
+
 	merged := kept.settings
 	merged.add(before)
 	if len(merged.Routes) != len(before.Routes) || len(merged.Addrs) != len(before.Addrs) {
