@@ -129,9 +129,11 @@ type device struct {
 	group   string
 	inForce feed.Keys // of that group
 	former  []formerKeys
-	table   *wgroam.Table
-	clock   *wgroam.Clock
-	looked  time.Time // at the clock, by the session
+
+	// Of the session alone, from one to the next.
+	table  *wgroam.Table
+	clock  *wgroam.Clock
+	looked time.Time // at the clock
 }
 
 // where names a device for people: wg0, or wg0@blue in the namespace blue.
@@ -232,6 +234,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	}
 	// After the tracker: sessions that have lived on know better.
 	s.restore(d.log)
+	d.handOver(s)
 	for _, m := range s.former {
 		m.restore(d)
 	}
@@ -255,7 +258,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	g.Go(func() error { return pub.Run(ctx) })
 	g.Go(func() error { s.state.Run(ctx); return nil })
 	for _, m := range s.former {
-		g.Go(func() error { return m.run(ctx, s.table) })
+		g.Go(func() error { m.run(ctx, s.table, d.log); return nil })
 	}
 	if server == nil {
 		g.Go(func() error {
@@ -272,23 +275,15 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 
 // wire makes the parts of a session that need each other.
 func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
-	d.mu.Lock()
 	// A table of its own for every session, because nobody takes leave of a
 	// table; what the group knows goes from one to the next.
 	table := wgroam.NewTable(keys.DigestKey())
 	table.KeepFor(d.d.cfg.MaxAge)
-	// In the file of new keys there is nothing yet.
 	s.state = snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: keys, Table: table, Log: d.log})
-	if d.table == nil {
+	if d.clock == nil {
 		d.clock = wgroam.NewClock(d.d.cfg.MaxSkew)
-	} else {
-		for _, r := range d.table.Records() {
-			table.Merge(r)
-		}
 	}
-	d.table = table
 	s.table, s.clock, s.view = table, d.clock, wgroam.NewView()
-	d.mu.Unlock()
 
 	var err error
 	if s.feed, s.merger, err = d.connect(s, keys, table, server); err != nil {
@@ -362,6 +357,17 @@ func (s *session) restore(log *slog.Logger) {
 	}
 }
 
+// handOver gives a session what the one before it knew. To the session it is like a
+// snapshot: peers may have roamed meanwhile. Under new keys there is no file yet that
+// has it.
+func (d *device) handOver(s *session) {
+	if d.table != nil {
+		d.rewind(s.feed.Self(), time.Now(), d.table)
+		s.merger.Restore(d.table.Records())
+	}
+	d.table = s.table
+}
+
 // record turns what the local device has learned into a record for the others.
 func (d *device) record(s *session, o wgroam.Observation) {
 	if isChange(o) {
@@ -399,7 +405,7 @@ func (d *device) watchClock(ctx context.Context, s *session) {
 		case <-tick.C:
 		}
 		tables := []*wgroam.Table{s.table}
-		for _, m := range s.former {
+		for _, m := range s.members() {
 			tables = append(tables, m.table)
 		}
 		d.rewind(s.feed.Self(), time.Now(), tables...)

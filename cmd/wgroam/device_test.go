@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/applier"
 	"github.com/wgroam/wgroam/internal/feed"
 )
 
@@ -92,5 +93,50 @@ func TestClockSetBack(t *testing.T) {
 				t.Errorf("table %d: what peer %d does now is lost", i, peer+1)
 			}
 		}
+	}
+}
+
+// TestHandOver: a peer that has roamed while no session ran is not taken back to where
+// the session before saw it, unless it has been silent for long.
+func TestHandOver(t *testing.T) {
+	keys, err := feed.Derive([32]byte{1}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	link, err := feed.New(feed.Config{Name: "gw-a", Keys: keys, Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	was, is := netip.MustParseAddrPort("198.51.100.7:1"), netip.MustParseAddrPort("198.51.100.7:2")
+	for name, c := range map[string]struct {
+		handshake time.Duration // ago
+		want      netip.AddrPort
+	}{
+		"roamed":       {time.Minute, is},
+		"a dead place": {time.Hour, was},
+	} {
+		t.Run(name, func(t *testing.T) {
+			peer := wgroam.Key{1}
+			at := now.Add(-c.handshake)
+			d := &device{log: log, clock: wgroam.NewClock(10 * time.Second), table: wgroam.NewTable([32]byte{1})}
+			d.table.Merge(wgroam.Record{
+				Peer: peer, Endpoint: was, Cause: wgroam.CauseData,
+				Version: wgroam.Version{HLC: wgroam.HLCAt(now.Add(-time.Second)), Node: link.Self()},
+			})
+			s := &session{table: wgroam.NewTable([32]byte{2}), clock: d.clock, view: wgroam.NewView(), feed: link}
+			s.merger = applier.NewMerger(applier.MergerConfig{Self: link.Self(), Table: s.table, Clock: s.clock, View: s.view, Log: log})
+			// What the tracker finds as the session begins.
+			s.view.Set(peer, wgroam.Holding{Endpoint: is, Cause: wgroam.CauseSnapshot, At: at})
+			d.record(s, wgroam.Observation{Peer: peer, New: is, Cause: wgroam.CauseSnapshot, At: at})
+			d.handOver(s)
+			if r, _ := s.table.Get(peer); r.Endpoint != c.want {
+				t.Errorf("the table has %v, want %v", r.Endpoint, c.want)
+			}
+			if d.table != s.table {
+				t.Error("the next session will not know what this one learns")
+			}
+		})
 	}
 }

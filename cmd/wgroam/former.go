@@ -4,8 +4,10 @@ package main
 
 import (
 	"context"
-	"errors"
+	"log/slog"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/wgroam/wgroam"
@@ -28,9 +30,6 @@ const (
 	// maxFormer bounds the groups that a device is in for that.
 	maxFormer = 2
 )
-
-// errFormer ends a session when a former key has had its time.
-var errFormer = errors.New("a former private key is forgotten now")
 
 // formerKeys are keys of a device that are in force on other nodes, perhaps.
 type formerKeys struct {
@@ -92,6 +91,7 @@ type member struct {
 	publisher  *publisher.Publisher
 	toUs, from *wgroam.Changes // of the member's table, and of the device's
 	leave      func()
+	ended      atomic.Bool // the keys have had their time
 }
 
 // join makes this node a member of the group of former keys, of which nothing
@@ -107,14 +107,14 @@ func (d *device) join(s *session, keys formerKeys, server *natsd.Server) error {
 		toUs: wgroam.NewChanges(), from: wgroam.NewChanges(),
 	}
 	m.table.KeepFor(d.d.cfg.MaxAge)
-	m.leave = func() {
+	m.leave = sync.OnceFunc(func() {
 		if server != nil {
 			server.RemoveGroup(keys.Keys)
 		}
 		release()
-	}
+	})
 	s.former = append(s.former, m)
-	s.table.Notify(m.from, nil)
+	s.table.Notify(m.from, func(wgroam.Record) bool { return !m.ended.Load() })
 	for _, r := range s.table.Records() {
 		m.table.Merge(r)
 	}
@@ -128,6 +128,11 @@ func (d *device) join(s *session, keys formerKeys, server *natsd.Server) error {
 	return nil
 }
 
+// members returns the memberships that have not had their time.
+func (s *session) members() []*member {
+	return slices.DeleteFunc(slices.Clone(s.former), func(m *member) bool { return m.ended.Load() })
+}
+
 // leave ends the memberships, which do not run any more.
 func (s *session) leave() {
 	for _, m := range s.former {
@@ -137,7 +142,7 @@ func (s *session) leave() {
 
 // restore takes over what this node knew when the keys were in force.
 func (m *member) restore(d *device) {
-	file := snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: m.keys.Keys, Table: m.table, Log: d.log})
+	file := snapshot.New(snapshot.Config{Dir: d.d.cfg.StateDir, Keys: m.keys.Keys, Log: d.log})
 	records, err := file.Read()
 	if err != nil {
 		d.log.Error("cannot use the snapshot of the former keys; the other nodes may know", "err", err)
@@ -145,27 +150,28 @@ func (m *member) restore(d *device) {
 	m.merger.Restore(records)
 }
 
-// run is the membership, until ctx ends or the keys have had their time, which is
-// errFormer. What one table learns, the other does.
-func (m *member) run(ctx context.Context, ours *wgroam.Table) error {
+// run is the membership, until ctx ends or the keys have had their time; then the
+// node is in their group no more. What one table learns, the other does.
+func (m *member) run(ctx context.Context, ours *wgroam.Table, log *slog.Logger) {
 	m.feed.Start()
-	defer m.feed.Close()
-	ctx, cancel := context.WithCancel(ctx)
+	membership, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if !m.keys.until.IsZero() {
-		ctx, cancel = context.WithDeadlineCause(ctx, m.keys.until, errFormer)
+		membership, cancel = context.WithDeadline(membership, m.keys.until)
 		defer cancel()
 	}
 	var wg sync.WaitGroup
-	defer wg.Wait()
-	wg.Go(func() { m.merger.Run(ctx) })
-	wg.Go(func() { _ = m.publisher.Run(ctx) }) // always nil
-	wg.Go(func() { carry(ctx, m.toUs, m.table, ours) })
-	carry(ctx, m.from, ours, m.table)
-	if errors.Is(context.Cause(ctx), errFormer) {
-		return errFormer
+	wg.Go(func() { m.merger.Run(membership) })
+	wg.Go(func() { _ = m.publisher.Run(membership) }) // always nil
+	wg.Go(func() { carry(membership, m.toUs, m.table, ours) })
+	wg.Go(func() { carry(membership, m.from, ours, m.table) })
+	wg.Wait()
+	m.feed.Close()
+	if ctx.Err() == nil {
+		m.ended.Store(true)
+		m.leave()
+		log.Info("a former private key is forgotten now", "group", m.keys.Group())
 	}
-	return nil
 }
 
 // carry merges into a table what changes in another, until ctx ends.
@@ -208,7 +214,7 @@ func (s *session) nodes() []groupNode {
 		}
 	}
 	add(s.merger.Nodes(), false)
-	for _, m := range s.former {
+	for _, m := range s.members() {
 		add(m.merger.Nodes(), true)
 	}
 	return out

@@ -4,11 +4,14 @@ package main
 
 import (
 	"log/slog"
+	"net/netip"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/feed"
 )
 
@@ -48,5 +51,36 @@ func TestRekeyed(t *testing.T) {
 		if diff := cmp.Diff(step.want, got); diff != "" {
 			t.Errorf("step %d: former keys (-want +got)\n%s", i, diff)
 		}
+	}
+}
+
+// TestMemberEnds: a membership that has had its time ends alone, and leaves nothing
+// behind.
+func TestMemberEnds(t *testing.T) {
+	keys, err := feed.Derive([32]byte{8}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	d := &device{d: &daemon{groups: make(map[string]string), lag: newLag()}, log: log}
+	d.d.cfg.Node, d.d.cfg.NATS.Heartbeat = "gw-a", time.Second
+	d.desk = failover.NewDesk(failover.DeskConfig{Fixed: failover.Always, Log: log})
+	s := &session{table: wgroam.NewTable([32]byte{}), clock: wgroam.NewClock(time.Second), view: wgroam.NewView()}
+	if err := d.join(s, formerKeys{Keys: keys, until: time.Now().Add(50 * time.Millisecond)}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(s.members()); n != 1 {
+		t.Fatalf("%d members, want 1", n)
+	}
+	s.former[0].run(t.Context(), s.table, log)
+	if n := len(s.members()); n != 0 {
+		t.Errorf("%d members when the keys have had their time", n)
+	}
+	if _, err := d.d.claim(keys.Group(), "wg1"); err != nil {
+		t.Errorf("the group is still taken: %v", err)
+	}
+	s.table.Merge(wgroam.Record{Peer: wgroam.Key{1}, Endpoint: netip.MustParseAddrPort("198.51.100.7:1")})
+	if n := s.former[0].from.Len(); n != 0 {
+		t.Errorf("%d changes that nobody will look at", n)
 	}
 }

@@ -79,7 +79,7 @@ type Config struct {
 	// Dir is made if it does not exist, with mode 0700.
 	Dir   string
 	Keys  feed.Keys
-	Table *wgroam.Table
+	Table *wgroam.Table // nil for a File that is only read
 	Log   *slog.Logger
 }
 
@@ -114,7 +114,9 @@ const every = 10 * time.Second
 func New(cfg Config) *File {
 	f := &File{cfg: cfg, path: filepath.Join(cfg.Dir, cfg.Keys.Group()+".snapshot"), changes: wgroam.NewChanges()}
 	f.status.Path = f.path
-	cfg.Table.Notify(f.changes, nil)
+	if cfg.Table != nil {
+		cfg.Table.Notify(f.changes, nil)
+	}
 	return f
 }
 
