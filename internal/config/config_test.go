@@ -298,6 +298,10 @@ nkey = "/etc/wgroam/events.nk"
 			"former_secret_file: open /nonexistent",
 		},
 		{
+			"former secret that is gone", write("former.toml", "device=[{name='wg0', former_secret_file='/nowhere/secret.old'}]"),
+			"former_secret_file: open /nowhere/secret.old: no such file or directory: remove the key when the secret is rolled out",
+		},
+		{
 			"endless secret", write("c.toml", "device=[{name='wg0', secret_file='/dev/zero'}]"),
 			"secret_file: /dev/zero is larger than 65536 bytes",
 		},
@@ -378,6 +382,9 @@ func TestMistakes(t *testing.T) {
 		{"short duration", wg0 + "sweep_interval='1ms'\n", []string{`f:3: device.sweep_interval: 1ms is out of range: want 1s to 24h0m0s`}},
 		{"rare heartbeat", wg0 + "[nats]\nheartbeat='11s'\n", []string{`f:4: nats.heartbeat: 11s is out of range: want 50ms to 10s`}},
 		{"negative duration", wg0 + "[feed]\nmax_skew='-1s'\n", []string{`f:4: feed.max_skew: -1s is out of range: want 10ms to 1h0m0s`}},
+		{"age and skew", wg0 + "[feed]\nmax_skew='45m'\nmax_age='1h'\n", []string{`f:5: feed.max_age: 1h0m0s is less than twice feed.max_skew: set at least 1h30m0s, or a smaller max_skew`}},
+		{"age and sweeps", wg0 + "sweep_interval='16m'\n[feed]\nmax_age='1h'\n", []string{`f:3: device.sweep_interval: 16m0s is more than a quarter of feed.max_age (1h0m0s), and living peers would be forgotten: set at most 15m0s`}},
+		{"short age", wg0 + "[feed]\nmax_age='1m'\n", []string{`f:4: feed.max_age: 1m0s is out of range: want 1h0m0s to 87600h0m0s`}},
 		{"relative path", wg0 + "secret_file='secret'\n", []string{`f:3: device.secret_file: "secret" is not an absolute path: start it with a slash`}},
 		{"relative socket", wg0 + "[control]\nsocket='./s'\n", []string{`f:4: control.socket: "./s" is not an absolute path: start it with a slash`}},
 

@@ -147,6 +147,9 @@ func Load(path string) (Config, error) {
 		}
 		if d.FormerSecretFile != "" && d.FormerSecretFile != os.DevNull {
 			if d.FormerSecret, err = readSecret(d.FormerSecretFile); err != nil {
+				if errors.Is(err, fs.ErrNotExist) {
+					err = fmt.Errorf("%w: remove the key when the secret is rolled out, or write /dev/null where there was none", err)
+				}
 				return Config{}, fmt.Errorf("%s: device %s: former_secret_file: %w", path, d.Name, err)
 			}
 		}
@@ -229,12 +232,17 @@ func (p *parser) config(r raw) Config {
 		Node:           r.Node,
 		NATS:           p.nats(r.NATS, def.NATS),
 		MaxSkew:        p.duration(-1, "feed.max_skew", cmp.Or(r.Feed.MaxSkew, def.Feed.MaxSkew), 10*time.Millisecond, time.Hour),
-		MaxAge:         p.duration(-1, "feed.max_age", cmp.Or(r.Feed.MaxAge, def.Feed.MaxAge), time.Hour, 10*365*24*time.Hour),
 		KeepalivedFIFO: p.path(-1, "keepalived.fifo", r.Keepalived.FIFO),
 
 		StateDir:      p.path(-1, "state.dir", cmp.Or(r.State.Dir, def.State.Dir)),
 		ControlSocket: p.path(-1, "control.socket", cmp.Or(r.Control.Socket, def.Control.Socket)),
 		MetricsListen: p.hostPort("metrics.listen", r.Metrics.Listen, true),
+	}
+	const minAge = time.Hour
+	c.MaxAge = p.duration(-1, "feed.max_age", cmp.Or(r.Feed.MaxAge, def.Feed.MaxAge), minAge, 10*365*24*time.Hour)
+	// What a node with a clock that is ahead says must not make the others forget.
+	if c.MaxAge >= minAge && c.MaxAge < 2*c.MaxSkew {
+		p.mistake(-1, "feed.max_age", "%v is less than twice feed.max_skew: set at least %v, or a smaller max_skew", c.MaxAge, 2*c.MaxSkew)
 	}
 	c.Events = p.events(r.Events, c.NATS.External)
 	if c.Node == "" {
@@ -250,6 +258,11 @@ func (p *parser) config(r raw) Config {
 	for i, d := range r.Device {
 		c.Devices = append(c.Devices, p.device(i, d, def.Device[0]))
 		netns := c.Devices[i].Netns
+		// Dumps date the records of living peers anew, each half max_age.
+		if sweep := c.Devices[i].SweepInterval; c.MaxAge >= minAge && c.MaxAge < 4*sweep {
+			p.mistake(i, "device.sweep_interval", "%v is more than a quarter of feed.max_age (%v), and living peers would be forgotten: set at most %v",
+				sweep, c.MaxAge, c.MaxAge/4)
+		}
 		if slices.ContainsFunc(c.Devices[:i], func(o Device) bool { return o.Name == d.Name && o.Netns == netns }) {
 			p.mistake(i, "device.name", "%q is there twice: keep one, or say in which netns the other is", d.Name)
 		}
