@@ -108,6 +108,9 @@ func (t *Tracker) climbPort() (other bool) {
 	}
 	t.mu.Lock()
 	t.sessions, t.unnamed, t.hinted, t.since = newSessions(), nil, 0, time.Now()
+	for _, p := range t.peers {
+		p.heard = false // of sessions that are older than the program there will be no hint
+	}
 	t.mu.Unlock()
 	t.ladder.tap, t.ladder.portErr = t.cfg.Port.follow(t.cfg.Space, t.ladder.port, t.ladder.peerCount,
 		&portSubscriber{

@@ -430,6 +430,7 @@ func TestLiveRoams(t *testing.T) {
 		v := start(t, gw, kernel)
 		reach(t, c)
 		v.awaitAt(c, c.Endpoint())
+		v.provenAt(c, c.Endpoint()) // what is not proven when she moves on never is
 		eps := []netip.AddrPort{c.Endpoint()}
 		for _, roam := range []func() (netip.AddrPort, error){c.RoamPort, c.RoamAddress, c.RoamFamily, c.RoamPort, c.RoamFamily} {
 			ep, err := roam()

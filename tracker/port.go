@@ -260,8 +260,9 @@ func (s *space) watch(ctx context.Context, watch func(context.Context, func()) e
 // addresses notes which addresses the namespace has. It runs on a thread there.
 func (s *space) addresses() error {
 	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return fmt.Errorf("list addresses: %w", err) // as when they change meanwhile; that wakes us again
+	// They may change meanwhile, which wakes us again.
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return fmt.Errorf("list addresses: %w", err)
 	}
 	ours := make(map[netip.Addr]bool, len(list))
 	for _, a := range list {

@@ -64,12 +64,12 @@ func (s *sessions) addLocal(k wgroam.Key, index uint32) bool {
 	return true
 }
 
-// addRemote notes that we send to a peer under an index. It reports whether that
-// is news, and the index no other peer's.
-func (s *sessions) addRemote(k wgroam.Key, index uint32) bool {
+// addRemote notes that we send to a peer under an index. If another peer has it,
+// too, it is nobody's.
+func (s *sessions) addRemote(k wgroam.Key, index uint32) {
 	x := s.of(k)
 	if slices.Contains(x.remote, index) {
-		return false
+		return
 	}
 	var old uint32
 	var dropped bool
@@ -84,9 +84,7 @@ func (s *sessions) addRemote(k wgroam.Key, index uint32) bool {
 		s.shared[index]++
 	default:
 		s.remote[index] = k
-		return true
 	}
-	return false
 }
 
 // push puts an index in front of a list, which may drop its last one.

@@ -112,6 +112,7 @@ type Tracker struct {
 	sessions *sessions
 	unnamed  []bpf.UplinkEvent // handshakes of peers that are not known yet
 	hinted   time.Duration     // CLOCK_BOOTTIME of the newest hint that wants a dump
+	blind    bool              // there is a link that the program is not attached to
 	deaf     time.Duration     // CLOCK_BOOTTIME until which what has not been heard may yet have been said
 }
 
@@ -124,16 +125,16 @@ type peer struct {
 	boot       time.Duration  // of the newest event
 	// pending is the newest observation while it is not proven; nil if it is.
 	pending *wgroam.Observation
-	// awaited is the peer's index of the session that would prove it; nil where the
-	// index may also be another session's.
-	awaited *uint32
 	// confirmed is the newest end of a handshake, and where the peer was then. The
 	// event of its beginning can come later, when it was held back.
 	confirmed   time.Duration
 	confirmedAt netip.AddrPort
 	received    int64 // bytes, in the newest dump
 	earlier     int64 // and in the one before
-	missing     bool  // in the newest dump
+	// begun is where a dump showed the peer, with packets of its, before it had
+	// completed any handshake.
+	begun   netip.AddrPort
+	missing bool // in the newest dump
 	// With polling: an endpoint that the newest dump showed for the first time,
 	// without a byte received that could have brought it.
 	unexplained netip.AddrPort
@@ -142,6 +143,11 @@ type peer struct {
 	mac1  mac1 // made when it is needed
 	hints hints
 	heard bool // there was a hint of the newest session
+	// since is CLOCK_BOOTTIME from which on the endpoint is known. Hints from before
+	// that explain no change of it.
+	since time.Duration
+	// told says that an event has told what the bytes of the next dump brought.
+	told bool
 }
 
 // New returns a Tracker. Nothing happens before Start.
@@ -367,7 +373,7 @@ func (t *Tracker) wantDump() {
 func (t *Tracker) tell(p *peer, o wgroam.Observation) {
 	t.cfg.View.Set(o.Peer, wgroam.Holding{Endpoint: o.New, Cause: o.Cause, At: o.At})
 	t.cfg.Changed(o)
-	p.pending, p.awaited = nil, nil
+	p.drop()
 	switch {
 	case o.Cause == wgroam.CauseInitiation:
 		p.pending = &o
@@ -376,9 +382,17 @@ func (t *Tracker) tell(p *peer, o wgroam.Observation) {
 	}
 }
 
+// drop forgets what was not proven. Nor is it proven then that the newest session has
+// been completed: the peer may use the one before, of which hints were heard or not.
+func (p *peer) drop() {
+	if p.pending != nil {
+		p.pending, p.heard = nil, false
+	}
+}
+
 func (t *Tracker) prove(p *peer) {
 	o := *p.pending
-	p.pending, p.awaited = nil, nil
+	p.pending = nil
 	t.cfg.Proven(o)
 }
 
@@ -416,6 +430,10 @@ func (t *Tracker) dump(ctx context.Context, why dumpReason) error {
 	}
 	t.ladder.saw(d)
 	t.hush(suppressed)
+	blind := t.ladder.tap != nil && t.ladder.tap.unwatched() != nil
+	t.mu.Lock()
+	t.blind = blind
+	t.mu.Unlock()
 	return t.take(d, why, start, now)
 }
 
@@ -465,10 +483,12 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		}
 		held, seen := t.cfg.View.Get(dp.Key)
 		moved := dp.Endpoint != p.endpoint || !seen
-		if moved && spoke && dp.LastHandshake.IsZero() && held.Endpoint != dp.Endpoint {
+		begun := dp.Endpoint.IsValid() && dp.Endpoint == p.begun
+		if moved && (spoke || begun) && dp.LastHandshake.IsZero() && held.Endpoint != dp.Endpoint {
 			// In the middle of the first handshake, or of one that was replayed
-			// and will not be completed. The next dump knows.
-			p.earlier, p.received = p.received, dp.Received
+			// and will not be completed. The next dump knows. The bytes explain nothing
+			// else.
+			p.begun, p.earlier, p.received = dp.Endpoint, dp.Received, dp.Received
 			if !seen {
 				t.cfg.View.Set(dp.Key, wgroam.Holding{})
 			}
@@ -485,6 +505,15 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		if seen && held.Endpoint == dp.Endpoint {
 			// Nothing new, or what the applier has just written: with polling,
 			// the View is the first to know.
+			if moved {
+				p.since = start
+			}
+			if p.told {
+				p.earlier, p.told = p.received, false
+			}
+			if p.pending != nil && p.pending.New != dp.Endpoint {
+				p.drop()
+			}
 			t.places.move(p, dp.Endpoint)
 			continue
 		}
@@ -517,9 +546,9 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			// the packet that brought this endpoint.
 			spoke = dp.Received > earlier
 		}
-		at := now
+		spoke = spoke || begun
+		at, since := now, start
 		if onPort && known {
-			var since time.Duration
 			spoke, since = t.explained(p, dp.Endpoint, spoke, start)
 			at = now.Add(since - start)
 		}
@@ -531,6 +560,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		}
 		o := wgroam.Observation{Peer: dp.Key, Old: p.endpoint, New: dp.Endpoint}
 		t.places.move(p, dp.Endpoint)
+		p.since, p.begun, p.told = since, netip.AddrPort{}, false
 		switch {
 		case !dp.Endpoint.IsValid():
 			// A peer without an endpoint: new, or removed and added again.
@@ -542,8 +572,9 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			o.Cause, o.At = wgroam.CauseSnapshot, dp.LastHandshake
 		case spoke:
 			// Its packets arrived since the last dump, and the endpoint is
-			// another: they brought it.
+			// another: they brought it, and no other.
 			o.Cause, o.At = wgroam.CauseData, at
+			p.earlier = p.received
 		default:
 			o.Cause, o.At = wgroam.CauseConfig, now
 		}

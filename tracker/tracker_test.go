@@ -662,6 +662,26 @@ func TestPolling(t *testing.T) {
 
 // TestRekeyedDump: a device with another key is another group's. One that gets
 // its first key is not.
+// TestPollingReplay: a handshake that is not completed is no reason, however long
+// it stays so.
+func TestPollingReplay(t *testing.T) {
+	for _, rung := range []Rung{RungFentry, RungPort, RungPolling} {
+		f := newFed(t, rung)
+		seen := func(ep int, received int64, handshake time.Time) wg.Peer {
+			return wg.Peer{Key: alice, Endpoint: at(ep), Received: received, LastHandshake: handshake}
+		}
+		f.dumped(0, dumpStart, seen(1, 0, time.Time{}))
+		for ms := 1000; ms < 5000; ms += 1000 {
+			f.dumped(ms, dumpResync, seen(2, 148, time.Time{}))
+		}
+		f.want(nil, nil)
+		f.dumped(5000, dumpResync, seen(2, 148, f.wall.Add(4500*time.Millisecond)))
+		f.dumped(6000, dumpResync, seen(2, 148, f.wall.Add(4500*time.Millisecond)))
+		roam := []said{{alice, at(1), at(2), wgroam.CauseData}}
+		f.want(roam, roam)
+	}
+}
+
 func TestRekeyedDump(t *testing.T) {
 	f := newFed(t, RungPolling)
 	for _, key := range []wgroam.Key{{}, {1}, {1}} {

@@ -103,13 +103,8 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 			t.expect(k, e.Addr)
 			return
 		}
-		// The index may be that of an older session, put there by somebody who
-		// repeats an initiation. Or that session is older than we are.
-		news := t.sessions.addRemote(k, e.Remote) && !t.young()
+		t.sessions.addRemote(k, e.Remote)
 		t.went(k, e, wgroam.CauseInitiation, at)
-		if p := t.peers[k]; news && p.pending != nil && p.pending.New == e.Addr {
-			p.awaited = &e.Remote
-		}
 	case bpf.UplinkUnknown:
 		// Of a session that is older than we are, or that a peer has agreed to.
 		k, ok := t.ownerOf(e.Remote, e.Addr)
@@ -135,25 +130,25 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 			t.wantDump()
 			return
 		}
-		if _, hinted := p.hints.from(e.Addr, e.Boot); hinted && p.pending == nil {
+		if boot, hinted := p.hints.from(e.Addr, e.Boot); hinted && boot > p.since && p.pending == nil {
 			t.went(k, e, wgroam.CauseData, at)
+			if p.endpoint == e.Addr {
+				p.since = boot
+			}
 			return
 		}
 		t.expect(k, e.Addr)
 	case bpf.UplinkConfirmed:
 		// WireGuard sends nothing under a response's session before it has had an
-		// answer under it, and with that the end of the handshake. Under what else
-		// has the index it may: then the time of the handshake in a dump is to say it.
+		// answer under it, and with that the end of the handshake. Under another that
+		// has the same index it may, and the peers choose those: so the time of the
+		// handshake in a dump is to say it.
 		k, ok := t.sessions.remote[e.Remote]
-		switch p := t.peers[k]; {
-		case !ok || p == nil:
+		if p := t.peers[k]; !ok || p == nil || p.pending != nil {
 			t.wantDump()
-		case p.pending == nil || p.pending.New != e.Addr:
-		case p.awaited != nil && *p.awaited == e.Remote:
-			t.prove(p)
-		default:
-			t.wantDump()
+			return
 		}
+		t.expect(k, e.Addr)
 	case bpf.UplinkHint:
 		k, ok := t.sessions.local[e.Local]
 		p := t.peers[k]
@@ -234,6 +229,9 @@ func (t *Tracker) went(k wgroam.Key, e bpf.UplinkEvent, cause wgroam.Cause, at t
 	p.boot = e.Boot
 	t.places.move(p, e.Addr)
 	if held.Endpoint == e.Addr {
+		if p.pending != nil && p.pending.New == e.Addr {
+			p.pending.At = at // of the newest handshake that is to be completed
+		}
 		return
 	}
 	if held.Cause == wgroam.CauseConfig && at.Sub(held.At) < settle {
@@ -241,6 +239,7 @@ func (t *Tracker) went(k wgroam.Key, e bpf.UplinkEvent, cause wgroam.Cause, at t
 		t.wantDump()
 	}
 	t.status.Events++
+	p.told = true
 	t.tell(p, wgroam.Observation{Peer: k, Old: held.Endpoint, New: e.Addr, Cause: cause, At: at})
 }
 
@@ -265,10 +264,10 @@ func (t *Tracker) missed() {
 // spoke: when hints are missing or were never had of its session, or when it was
 // there before, for then it is not hinted at again.
 func (t *Tracker) explained(p *peer, ep netip.AddrPort, spoke bool, start time.Duration) (yes bool, since time.Duration) {
-	if boot, ok := p.hints.from(ep, start); ok {
+	if boot, ok := p.hints.from(ep, start); ok && boot > p.since {
 		return true, min(boot, start)
 	}
-	if t.young() || start < t.deaf || start < p.hints.full || !p.heard || p.hints.list[0].from == ep {
+	if t.blind || start < t.deaf || start < p.hints.full || !p.heard || p.pending != nil || p.hints.list[0].from == ep {
 		return spoke, start
 	}
 	return false, start
@@ -280,7 +279,9 @@ func (t *Tracker) nameAgain() {
 	t.unnamed = nil
 	for _, e := range again {
 		if k, ok := t.nameOf(e.Message, e.Addr, true); ok {
-			t.sessions.addLocal(k, e.Local)
+			if t.sessions.addLocal(k, e.Local) {
+				t.peers[k].heard = false
+			}
 			if e.Kind == bpf.UplinkResponse {
 				t.sessions.addRemote(k, e.Remote)
 			}

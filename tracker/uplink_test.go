@@ -115,7 +115,17 @@ func TestUplink(t *testing.T) {
 				f.responded(100, alice, 12, 23, 2)
 				f.data(110, bpf.UplinkConfirmed, 23, 2)
 			},
-			changed: moved(2, wgroam.CauseInitiation), proven: true,
+			changed: moved(2, wgroam.CauseInitiation), dump: true,
+		},
+		"a response, data under its session, and a dump": {
+			feed: func(f *fed) {
+				f.responded(100, alice, 12, 23, 2)
+				f.data(110, bpf.UplinkConfirmed, 23, 2)
+				peers := seen(f, 2, 200)
+				peers[0].LastHandshake = f.wall.Add(109 * time.Millisecond)
+				f.dumped(120, dumpResync, peers...)
+			},
+			changed: moved(2, wgroam.CauseInitiation), proven: true, dump: true,
 		},
 		"a response, and data under the session before": {
 			feed: func(f *fed) {
@@ -154,7 +164,17 @@ func TestUplink(t *testing.T) {
 				f.responded(200, alice, 13, 24, 2)
 				f.data(210, bpf.UplinkConfirmed, 24, 2)
 			},
-			changed: moved(2, wgroam.CauseInitiation), proven: true,
+			changed: moved(2, wgroam.CauseInitiation), dump: true,
+		},
+		"a response, another one, and a dump that has the handshake of the first": {
+			feed: func(f *fed) {
+				f.responded(100, alice, 12, 23, 2)
+				f.responded(200, alice, 13, 24, 2)
+				peers := seen(f, 2, 200)
+				peers[0].LastHandshake = f.wall.Add(150 * time.Millisecond)
+				f.dumped(300, dumpResync, peers...)
+			},
+			changed: moved(2, wgroam.CauseInitiation),
 		},
 		"Bob takes her index, and has hints; she moves": {
 			feed: func(f *fed) {
@@ -292,6 +312,55 @@ func TestUplink(t *testing.T) {
 			if s := f.Status(); s.SweepRepairs != 0 {
 				t.Errorf("status %+v", s)
 			}
+		})
+	}
+}
+
+// TestUplinkConfigured: what has explained a roam does not explain what an
+// administrator does next.
+func TestUplinkConfigured(t *testing.T) {
+	seen := func(f *fed, ep int, received int64) wg.Peer {
+		return wg.Peer{Key: alice, Endpoint: at(ep), LastHandshake: f.wall, Received: received}
+	}
+	tests := map[string]struct {
+		feed func(*fed)
+		back int // where the administrator sets her
+	}{
+		"bytes in a dump": {func(f *fed) {
+			f.dumped(100, dumpResync, seen(f, 2, 200))
+		}, 3},
+		"bytes before the first dump, young": {func(f *fed) {
+			f.since = f.wall
+			f.dumped(100, dumpResync, seen(f, 2, 200))
+		}, 3},
+		"bytes behind an event": {func(f *fed) {
+			f.uplinkLost() // so that bytes are enough
+			f.hinted(100, 10, 2)
+			f.moved(110, 20, 1, 2)
+			f.dumped(120, dumpResync, seen(f, 2, 200))
+		}, 3},
+		"a hint from where she was before": {func(f *fed) {
+			f.hinted(50, 10, 1)
+			f.hinted(100, 10, 2)
+			f.moved(110, 20, 1, 2)
+			f.dumped(120, dumpResync, seen(f, 2, 200))
+			f.moved(300, 20, 2, 1)
+		}, 1},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			f := atPort(t)
+			f.dumped(-2000, dumpStart, seen(f, 1, 100))
+			f.responded(-1000, alice, 10, 20, 1)
+			f.changed, f.proven = nil, nil
+			test.feed(f)
+			roam := said{alice, at(1), at(2), wgroam.CauseData}
+			f.want([]said{roam}, []said{roam})
+			f.changed, f.proven = nil, nil
+			for ms := 400; ms <= 1000; ms += 300 {
+				f.dumped(ms, dumpResync, seen(f, test.back, 200))
+			}
+			f.want([]said{{alice, at(2), at(test.back), wgroam.CauseConfig}}, nil)
 		})
 	}
 }
