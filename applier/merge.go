@@ -18,8 +18,11 @@ import (
 )
 
 const (
-	// proveEvery is how often a node is asked whose beats may be recordings.
+	// proveEvery is how soon a node is asked again whose beats may be recordings. It
+	// doubles with every time that there is no answer, but for proveMost: nothing
+	// else is asked meanwhile.
 	proveEvery = time.Second
+	proveMost  = 8 * time.Second
 	// churnSync is how often tables that never stand still are compared. Gaps
 	// are noticed at once in any case.
 	churnSync = 5 * time.Second
@@ -104,6 +107,7 @@ type Merger struct {
 
 	mu      sync.Mutex
 	nodes   map[wgroam.NodeID]*node
+	wanted  uint64 // counts the wishes to ask
 	refused map[string]uint64
 	counted Counters
 	future  error     // says what was refused last for its stamp; nil when that is long ago
@@ -112,14 +116,16 @@ type Merger struct {
 
 // node is what is remembered of another node.
 type node struct {
-	boot, seq uint64 // of the newest update, in the life that last proved itself
-	doubted   bool   // there was a line about beats that nobody answers for
+	boot, seq uint64        // of the newest update, in the life that last proved itself
+	doubted   bool          // there was a line about beats that nobody answers for
+	unproven  uint64        // newest boot of those
+	prove     time.Duration // how soon to ask for an answer again
 	beat      feed.Beat
 	heard     time.Time
 	ours      uint64    // sum of our digests at the last beat
 	differs   time.Time // since when the digests differ; zero when equal
 	suspect   bool      // something was missed: compare at the next beat
-	want      bool      // ask it
+	want      uint64    // ask it, after those with less; zero: do not
 	asking    bool
 	asked     time.Time
 	askedAt   uint64 // the digest of its beat then
@@ -198,7 +204,10 @@ func (m *Merger) Beat(b feed.Beat) {
 	n := m.node(b.Node)
 	if b.Unproven {
 		// No sign of life, but its answer will be one.
-		if now.Sub(n.asked) > proveEvery {
+		if b.Boot > n.unproven {
+			n.unproven, n.prove = b.Boot, 0
+		}
+		if now.Sub(n.asked) > n.prove {
 			m.ask(n)
 		}
 		return
@@ -258,7 +267,15 @@ func (m *Merger) node(id wgroam.NodeID) *node {
 func (n *node) silent(now time.Time) bool { return now.Sub(n.heard) > n.beat.Silence() }
 
 func (m *Merger) ask(n *node) {
-	n.want = true
+	if n.want == 0 {
+		m.wanted++
+		n.want = m.wanted
+	}
+	m.again()
+}
+
+// again has Run look for a node to ask.
+func (m *Merger) again() {
 	select {
 	case m.kick <- struct{}{}:
 	default:
@@ -362,23 +379,29 @@ func (m *Merger) Run(ctx context.Context) {
 			continue
 		case <-m.kick:
 		}
-		for id := m.next(); id != 0 && ctx.Err() == nil; id = m.next() {
+		// One at a time, or nodes that do not answer keep this from all else.
+		if id := m.next(); id != 0 {
 			m.sync(ctx, id)
+			m.again()
 		}
 	}
 }
 
-// next returns a node to ask, or zero.
+// next returns the node that has waited longest to be asked, or zero.
 func (m *Merger) next() wgroam.NodeID {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	var first wgroam.NodeID
 	for id, n := range m.nodes {
-		if n.want {
-			n.want, n.suspect, n.asking, n.asked, n.askedAt = false, false, true, m.cfg.Now(), n.beat.Digest
-			return id
+		if n.want != 0 && (first == 0 || n.want < m.nodes[first].want) {
+			first = id
 		}
 	}
-	return 0
+	if first != 0 {
+		n := m.nodes[first]
+		n.want, n.suspect, n.asking, n.asked, n.askedAt = 0, false, true, m.cfg.Now(), n.beat.Digest
+	}
+	return first
 }
 
 func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
@@ -410,6 +433,7 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 	if err != nil {
 		m.counted.SyncErrors++
 		n.suspect = true // again at its next beat
+		n.prove = min(max(2*n.prove, proveEvery), proveMost)
 		switch {
 		case ctx.Err() != nil:
 		case !n.silent(m.cfg.Now()):
@@ -421,6 +445,7 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 		return
 	}
 	m.counted.Syncs++
+	n.prove = proveEvery
 	if now == have {
 		n.futile, n.welcome = [2]uint64{now.Sum(), n.askedAt}, welcome
 	}
@@ -442,7 +467,7 @@ func (m *Merger) Nodes() []Node {
 		switch {
 		case n.silent(now):
 			state = NodeStale
-		case n.asking, n.want, n.suspect, !n.differs.IsZero():
+		case n.asking, n.want != 0, n.suspect, !n.differs.IsZero():
 			state = NodeSyncing
 		}
 		out = append(out, Node{

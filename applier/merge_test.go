@@ -274,8 +274,8 @@ func TestRecording(t *testing.T) {
 			}
 			return asked
 		}
-		if n := replay(); n < 5 || n > 11 {
-			t.Errorf("asked %d times in ten seconds", n)
+		if n := replay(); n != 4 {
+			t.Errorf("asked %d times in ten seconds, want 4, ever more seldom", n)
 		}
 		if n := m.Nodes(); len(n) != 0 {
 			t.Errorf("nodes %+v", n)
@@ -488,6 +488,57 @@ func TestAskFails(t *testing.T) {
 		}
 		cancel()
 		<-done
+	})
+}
+
+// TestManyRecordings: many names that nobody answers for keep neither an alarm from
+// ending nor a node that answers from being asked.
+func TestManyRecordings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const names = 12
+		var mu sync.Mutex
+		asked := map[wgroam.NodeID]int{}
+		m := newMerger(func(_ context.Context, id wgroam.NodeID, _ *wgroam.Digests) ([]wgroam.Record, error) {
+			mu.Lock()
+			asked[id]++
+			mu.Unlock()
+			if id == other {
+				return []wgroam.Record{seen(1)}, nil
+			}
+			time.Sleep(250 * time.Millisecond)
+			return nil, errors.New("no answer")
+		})
+		r := seen(2)
+		r.Version.HLC = wgroam.HLCAt(time.Now().Add(time.Hour))
+		m.Update(update(1, 1, r))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { m.Run(ctx); close(done) }()
+		const seconds = 60
+		for i := range 4 * seconds {
+			for n := range names {
+				b := beat(1, 0, 42)
+				b.Node, b.Unproven = wgroam.NodeID(10+n), true
+				m.Beat(b)
+			}
+			if i == 4*seconds/2 {
+				m.Beat(beat(2, 0, 42))
+			}
+			time.Sleep(250 * time.Millisecond)
+		}
+		cancel()
+		<-done
+		if m.Future() != nil {
+			t.Error("the alarm has not ended")
+		}
+		if asked[other] != 1 {
+			t.Errorf("asked the node that answers %d times, want 1", asked[other])
+		}
+		for id, n := range asked {
+			if id != other && (n < 4 || n > 4+seconds/int(proveMost/time.Second)) {
+				t.Errorf("asked %v %d times", id, n)
+			}
+		}
 	})
 }
 
