@@ -201,8 +201,29 @@ func (g *group) start(n *node, file int) {
 	var running sync.WaitGroup
 	running.Go(func() { l.merger.Run(ctx) })
 	running.Go(func() { _ = pub.Run(ctx) }) // always nil
+	running.Go(func() { l.watchClock(ctx) })
 	l.end = func() { cancel(); running.Wait() }
 	g.connected(n)
+}
+
+// watchClock takes back what a wall clock that was ahead stamped, as cmd/wgroam does.
+func (l *life) watchClock(ctx context.Context) {
+	tick := time.NewTicker(250 * time.Millisecond)
+	defer tick.Stop()
+	for last := l.node.now(); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := l.node.now()
+		step := wgroam.SetBack(last, now)
+		last = now
+		if limit := l.clock.Limit(now); l.clock.Ahead(now) || l.table.Newest() > limit {
+			l.table.Rewind(l.node.id, limit, step, now)
+			l.clock.Rewind(now)
+		}
+	}
 }
 
 // connected tells a node that a connection is up again.
