@@ -21,6 +21,8 @@ type DeskConfig struct {
 	Fixed Role
 	// VIP says that ByVIP is a source, and will speak soon.
 	VIP bool
+	// VRRP says that ByVRRP is a source. It speaks when keepalived starts.
+	VRRP bool
 	// Memory keeps what the verb and keepalived said.
 	Memory *Memory
 	// Others returns the names of the other nodes that say they are active. It must
@@ -39,6 +41,8 @@ type Desk struct {
 	mu      sync.Mutex
 	changed chan struct{} // the role has
 	words   words
+	started time.Time
+	old     bool      // the word of ByVRRP was said to an earlier daemon
 	since   time.Time // of the role
 	heard   time.Time // the last authenticated packet that a standby got
 	watches map[Alarm]*watch
@@ -46,14 +50,16 @@ type Desk struct {
 
 // NewDesk returns a Desk that knows what the memory does.
 func NewDesk(cfg DeskConfig) *Desk {
-	d := &Desk{cfg: cfg, since: time.Now(), changed: make(chan struct{}, 1), watches: make(map[Alarm]*watch)}
+	now := time.Now()
+	d := &Desk{cfg: cfg, started: now, since: now, changed: make(chan struct{}, 1), watches: make(map[Alarm]*watch)}
 	for _, a := range Alarms {
 		d.watches[a] = &watch{}
 	}
 	d.words.Config = cfg.Fixed
-	d.words.wait = cfg.VIP
+	d.words.wait = cfg.VIP || cfg.VRRP
 	if cfg.Fixed == "" {
 		d.words.Verb, d.words.VRRP = cfg.Memory.words()
+		d.old = d.words.VRRP != ""
 	}
 	return d
 }
@@ -76,6 +82,10 @@ func (d *Desk) Say(by Source, role Role) error {
 		return fmt.Errorf("%w: the configuration says %s: set role = \"auto\" there", ErrFixed, d.words.Config)
 	}
 	before, _ := d.words.decide()
+	if d.old && (by == ByVIP || by == ByVRRP) {
+		// keepalived may have moved the virtual IP while no daemon heard it.
+		d.old, d.words.VRRP = false, ""
+	}
 	for _, s := range d.words.said() {
 		if s.by == by {
 			if *s.role == role {
@@ -84,15 +94,8 @@ func (d *Desk) Say(by Source, role Role) error {
 			*s.role = role
 		}
 	}
-	after, decides := d.words.decide()
-	if after != before {
-		d.since = time.Now()
-		d.cfg.Log.Info("the role has changed", "role", after, "by", decides)
-		select {
-		case d.changed <- struct{}{}:
-		default:
-		}
-	}
+	d.decided(before)
+	after, _ := d.words.decide()
 	if by == ByVIP {
 		return nil // it can be seen again
 	}
@@ -100,6 +103,20 @@ func (d *Desk) Say(by Source, role Role) error {
 		return fmt.Errorf("the role is %s, but that will be forgotten when this daemon ends: %w", after, err)
 	}
 	return nil
+}
+
+// decided tells of another role than before. d.mu is held.
+func (d *Desk) decided(before Role) {
+	role, by := d.words.decide()
+	if role == before {
+		return
+	}
+	d.since = time.Now()
+	d.cfg.Log.Info("the role has changed", "role", role, "by", by)
+	select {
+	case d.changed <- struct{}{}:
+	default:
+	}
 }
 
 // Changed returns a channel that delivers after the role has changed, to one
@@ -123,6 +140,11 @@ func (d *Desk) Alarms() []Raised {
 	return raised(d.watches)
 }
 
+// vrrpWithin is how long keepalived may take for its first word. Until then the role
+// is not known: as a standby, the daemon's first start would take the device from an
+// active that peers rely on.
+const vrrpWithin = 10 * time.Second
+
 // lookEvery is how often the conditions of alarms are looked at.
 const lookEvery = 250 * time.Millisecond
 
@@ -145,6 +167,10 @@ func (d *Desk) Run(ctx context.Context) {
 func (d *Desk) look(now time.Time, actives []string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if before, _ := d.words.decide(); d.words.wait && !d.cfg.VIP && now.Sub(d.started) > vrrpWithin {
+		d.words.wait = false
+		d.decided(before)
+	}
 	role, by := d.words.decide()
 	detail := d.words.conflict()
 	if detail != "" {

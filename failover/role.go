@@ -39,7 +39,7 @@ type words struct {
 	Verb   Role `json:"verb,omitempty"`
 	VRRP   Role `json:"vrrp,omitempty"`
 	VIP    Role `json:"-"`
-	// wait: the host has not been searched for the VIP yet, and that is a source.
+	// wait: a source that will speak soon has not yet.
 	wait bool
 }
 

@@ -116,6 +116,43 @@ func TestDesk(t *testing.T) {
 	wantRole(t, d, Active, ByConfig)
 }
 
+// TestDeskWaits: until keepalived speaks, the role is not known for a while; what it
+// said to an earlier daemon counts until it or the virtual IP speaks.
+func TestDeskWaits(t *testing.T) {
+	dir := t.TempDir()
+	d, log := testDesk(t, dir, DeskConfig{VRRP: true})
+	d.look(d.started.Add(vrrpWithin), nil)
+	wantRole(t, d, "", ByNone)
+	d.look(d.started.Add(vrrpWithin+1), nil)
+	wantRole(t, d, Standby, ByNone)
+	if len(d.Changed()) != 1 || !strings.Contains(log.String(), "the role has changed") {
+		t.Errorf("nobody was told:\n%s", log)
+	}
+
+	d, _ = testDesk(t, dir, DeskConfig{VRRP: true})
+	d.mustSay(t, ByVRRP, Active)
+	d.look(d.started.Add(vrrpWithin+1), nil)
+	wantRole(t, d, Active, ByVRRP)
+
+	d, _ = testDesk(t, dir, DeskConfig{VRRP: true, VIP: true})
+	wantRole(t, d, Active, ByVRRP)
+	d.mustSay(t, ByVIP, Standby)
+	wantRole(t, d, Standby, ByVIP)
+	if c := d.words.conflict(); c != "" {
+		t.Errorf("the conflict %q with an old word", c)
+	}
+	d.mustSay(t, ByVRRP, Active)
+	wantRole(t, d, Active, ByVRRP)
+	d.mustSay(t, ByVIP, Active)
+	d.mustSay(t, ByVIP, Standby)
+	wantRole(t, d, Active, ByVRRP)
+
+	d, _ = testDesk(t, dir, DeskConfig{VRRP: true, VIP: true})
+	d.mustSay(t, ByVRRP, Active)
+	d.mustSay(t, ByVIP, Standby)
+	wantRole(t, d, Active, ByVRRP)
+}
+
 // TestMemoryRefused: a file that is not ours is kept, and the daemon goes on.
 func TestMemoryRefused(t *testing.T) {
 	dir := t.TempDir()

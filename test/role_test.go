@@ -107,6 +107,10 @@ func TestRole(t *testing.T) {
 	h.process = start(t, h.gw, nil, "run", "--config", h.file)
 	h.says("following endpoint changes")
 	h.awaitRole("active", "verb")
+	// What was said to the daemon before does not count beside the virtual IP.
+	if _, err := keepalived.WriteString("INSTANCE \"VI_1\" BACKUP 100\n"); err != nil {
+		t.Fatal(err)
+	}
 	a.awaitNodes(1)
 	a.mustRole("active")
 	a.awaitAlarms("conflict", "two_actives")

@@ -33,7 +33,7 @@ func newDevice(d *daemon, dc config.Device) *device {
 		fixed = ""
 	}
 	dev.desk = failover.NewDesk(failover.DeskConfig{
-		Fixed: fixed, VIP: dev.watchesVIP(), Memory: memory, Others: dev.actives, Log: dev.log,
+		Fixed: fixed, VIP: dev.watchesVIP(), VRRP: dc.Role == config.RoleAuto && dc.VRRP != "", Memory: memory, Others: dev.actives, Log: dev.log,
 	})
 	return dev
 }
