@@ -55,6 +55,7 @@ type Keeper struct {
 	port   int       // at the last dump
 	dumped time.Time // with this role; zero if not yet
 	asked  bool      // the gate itself, whether there is one
+	down   bool      // the standby's link was found so
 
 	mu     sync.Mutex
 	status Status
@@ -196,6 +197,9 @@ func (k *Keeper) Step(ctx context.Context) {
 // also after a crash.
 const called = wg.MaxKeepalive
 
+// errDown: nobody has said what a link that is down is to have.
+var errDown = errors.New("the link was found down, and what it had is not known: set it up, with its addresses and routes")
+
 // quiet makes the device one of a standby.
 func (k *Keeper) quiet() error {
 	link, err := k.link()
@@ -225,12 +229,14 @@ func (k *Keeper) quiet() error {
 	case gateErr != nil:
 		gateErr = fmt.Errorf("only the link keeps the device quiet, and whoever sets it up makes it speak: %w", gateErr)
 	}
-	if !look {
-		return gateErr
+	if look {
+		if err := k.take(dev, link.Up); err != nil {
+			k.dumped = time.Time{} // again at the next step
+			return errors.Join(gateErr, err)
+		}
 	}
-	if err := k.take(dev, link.Up); err != nil {
-		k.dumped = time.Time{} // again at the next step
-		return errors.Join(gateErr, err)
+	if k.down {
+		return errors.Join(gateErr, errDown)
 	}
 	return gateErr
 }
@@ -271,6 +277,10 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 	}
 	var off []wg.Keepalive
 	grown := before == nil || before.Promoted != t.Promoted
+	if down := !up && (before == nil || before.Down); down != t.Down {
+		t.Down, grown = down, true
+	}
+	k.down = t.Down
 	for _, p := range dev.Peers {
 		if p.Keepalive == 0 {
 			continue
@@ -314,7 +324,7 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 	if err := k.keepalives(off); err != nil {
 		return err
 	}
-	if !k.cfg.Silent {
+	if !k.cfg.Silent || t.Down {
 		return nil
 	}
 	if !t.Reset {
@@ -374,6 +384,9 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
 			if err := k.cfg.Memory.keepTaken(t); err != nil {
 				k.cfg.Log.Error("going on without memory", "err", err)
 			}
+			if t.Down {
+				k.cfg.Log.Error("promoted with what the device has now", "err", errDown)
+			}
 		}
 		k.begin(t)
 	}
@@ -383,7 +396,11 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
 	// Before the first packet can leave, and in one stroke where the gate was shut.
 	gateErr := k.unshut(vips)
 	if t == nil {
-		return errors.Join(gateErr, k.cfg.Memory.flush())
+		err := k.cfg.Memory.flush()
+		if link, linkErr := k.link(); linkErr == nil && !link.Up && k.role == Active {
+			err = errors.Join(errDown, err)
+		}
+		return errors.Join(gateErr, err)
 	}
 	giveErr, keep := k.give(t), k.cfg.Memory.flush
 	if !t.Called {

@@ -52,6 +52,9 @@ type taken struct {
 	Reset bool `json:"reset,omitempty"`
 	// Promoted is when it began to get it back; zero while it is a standby.
 	Promoted time.Time `json:"promoted,omitzero"`
+	// Down: the link was down before anything was taken, so that what it had is not
+	// known.
+	Down bool `json:"down,omitempty"`
 	// Called: the peers have been called, and only something else is not back.
 	Called bool `json:"called,omitempty"`
 }

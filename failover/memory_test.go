@@ -3,6 +3,7 @@
 package failover
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -105,6 +106,62 @@ func TestGateLeft(t *testing.T) {
 	k.Step(t.Context())
 	if says := k.gate.says(); says != "" || k.Status().Err != nil {
 		t.Errorf("the gate says %q, error %v", says, k.Status().Err)
+	}
+}
+
+// TestFoundDown: of a link that is down, and not by us, nobody knows what it had;
+// it is a fault until somebody sets it up.
+func TestFoundDown(t *testing.T) {
+	for _, mode := range []string{"down", "silent"} {
+		t.Run(mode, func(t *testing.T) {
+			inNamespace(t)
+			d := upLink(t)
+			dir := t.TempDir()
+			k, desk := testKeeper(t, dir, mode, d)
+			index := k.cfg.Ifindex
+			set := func(up bool) {
+				t.Helper()
+				if err := setLink(index, up); err != nil {
+					t.Fatal(err)
+				}
+			}
+			// step makes a step of a new daemon, or the next of the last one.
+			step := func(role Role, restart, fault bool) {
+				t.Helper()
+				if restart {
+					k, desk = testKeeper(t, dir, mode, d)
+					k.cfg.Device = &crash{d, 1000}
+				}
+				desk.mustSay(t, ByVerb, role)
+				k.dumped = time.Time{} // as after dumpEvery
+				k.Step(t.Context())
+				if err := k.Status().Err; errors.Is(err, errDown) != fault || !fault && err != nil {
+					t.Errorf("%s: error %v", role, err)
+				}
+			}
+			set(false)
+			step(Active, true, true)
+			set(true)
+			step(Active, false, false)
+			set(false)
+			for _, restart := range []bool{true, false, true} {
+				step(Standby, restart, true)
+				if isUp(t) {
+					t.Error("the link was set up")
+				}
+			}
+			set(true)
+			step(Standby, false, false)
+			step(Standby, true, false)
+			if isUp(t) != (mode == "silent") {
+				t.Error("the device is not quiet")
+			}
+			d.peers[peerKey(0)].LastHandshake = time.Now().Add(time.Hour) // has answered
+			step(Active, false, false)
+			if !isUp(t) {
+				t.Error("the link of an active is down")
+			}
+		})
 	}
 }
 
