@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -220,6 +221,8 @@ func inStep(s control.Status) error {
 // failover.
 const skewWarn = 1000 // ms
 
+const underFormer = "give its device the new private key, or its configuration the new secret_file"
+
 func checkFeed(d control.DeviceStatus) []finding {
 	var out []finding
 	add := func(state, detail, do string) {
@@ -234,8 +237,12 @@ func checkFeed(d control.DeviceStatus) []finding {
 	}
 	for _, c := range d.Feed.Connections {
 		switch {
+		case c.Former && (!c.Connected || c.Error == ""):
+			// Where there is none, the other node has no former keys any more.
 		case c.Connected && c.Error == "":
 			add(checkOK, c.Name+" is connected", "")
+		case !c.Connected && slices.ContainsFunc(d.Feed.Connections, func(o control.FeedConnection) bool { return o.Former && o.Name == c.Name && o.Connected }):
+			add(checkWarn, c.Name+" is connected under former keys only", underFormer)
 		case c.Connected:
 			add(checkFail, withReason(c.Name+" is connected", c.Error), "correct the permissions of the NATS user; what is forbidden is tried again")
 		default:
@@ -250,7 +257,7 @@ func checkFeed(d control.DeviceStatus) []finding {
 		case max(n.SkewMS, -n.SkewMS) > skewWarn:
 			add(checkWarn, detail, "keep both nodes on NTP: peers ignore the handshakes of a clock that is behind for that long")
 		case n.Former:
-			add(checkWarn, detail+", under former keys", "give its device the new private key, or its configuration the new secret_file")
+			add(checkWarn, detail+", under former keys", underFormer)
 		case n.State == control.NodeSyncing:
 			add(checkWarn, detail, "wait a moment: its table is being compared with ours")
 		default:

@@ -15,7 +15,7 @@ func TestCheckStatus(t *testing.T) {
 			Name: "wg0", State: control.StateUp, Detector: control.Detector{Rung: control.RungFentry},
 			Feed: control.FeedStatus{
 				Mode:        control.FeedEmbedded,
-				Connections: []control.Connection{{Name: "10.0.0.2:4950", Connected: true}},
+				Connections: []control.FeedConnection{{Connection: control.Connection{Name: "10.0.0.2:4950", Connected: true}}},
 				Nodes:       []control.NodeStatus{{Name: "gw-b", State: control.NodeSynced}},
 			},
 		}
@@ -44,9 +44,17 @@ func TestCheckStatus(t *testing.T) {
 		"alone":           {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
 		"unheard":         {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
 		"disconnected":    {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
-		"forbidden":       {func(d *control.DeviceStatus) { d.Feed.Connections[0].Error = "permissions violation" }, "feed", checkFail},
-		"stale":           {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeStale }, "feed", checkFail},
-		"syncing":         {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeSyncing }, "feed", checkWarn},
+		"keys are rolled": {func(d *control.DeviceStatus) {
+			c := d.Feed.Connections[0]
+			c.Former, d.Feed.Connections[0].Connected = true, false
+			d.Feed.Connections = append(d.Feed.Connections, c)
+		}, "feed", checkWarn},
+		"keys have been rolled": {func(d *control.DeviceStatus) {
+			d.Feed.Connections = append(d.Feed.Connections, control.FeedConnection{Connection: control.Connection{Name: "10.0.0.2:4950"}, Former: true})
+		}, "", ""},
+		"forbidden": {func(d *control.DeviceStatus) { d.Feed.Connections[0].Error = "permissions violation" }, "feed", checkFail},
+		"stale":     {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeStale }, "feed", checkFail},
+		"syncing":   {func(d *control.DeviceStatus) { d.Feed.Nodes[0].State = control.NodeSyncing }, "feed", checkWarn},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := healthy()

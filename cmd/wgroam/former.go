@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"slices"
@@ -133,6 +134,15 @@ func (s *session) members() []*member {
 	return slices.DeleteFunc(slices.Clone(s.former), func(m *member) bool { return m.ended.Load() })
 }
 
+// future returns the alarm about records from the future, in whichever group.
+func (s *session) future() error {
+	err := s.merger.Future()
+	for _, m := range s.members() {
+		err = cmp.Or(err, m.merger.Future())
+	}
+	return err
+}
+
 // leave ends the memberships, which do not run any more.
 func (s *session) leave() {
 	for _, m := range s.former {
@@ -218,14 +228,4 @@ func (s *session) nodes() []groupNode {
 		add(m.merger.Nodes(), true)
 	}
 	return out
-}
-
-// nameOf returns the name of a node, or its identity while the name is unknown.
-func (s *session) nameOf(id wgroam.NodeID) string {
-	for _, n := range s.nodes() {
-		if n.ID == id && n.Name != "" {
-			return n.Name
-		}
-	}
-	return id.String()
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"log/slog"
 	"net/netip"
 	"testing"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/failover"
+	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/feed"
 )
 
@@ -54,33 +56,74 @@ func TestRekeyed(t *testing.T) {
 	}
 }
 
-// TestMemberEnds: a membership that has had its time ends alone, and leaves nothing
-// behind.
-func TestMemberEnds(t *testing.T) {
-	keys, err := feed.Derive([32]byte{8}, nil)
-	if err != nil {
-		t.Fatal(err)
+// rolling returns a device in the middle of a key roll, whose membership in the
+// former group lasts for so long.
+func rolling(t *testing.T, lasts time.Duration) (*device, *session) {
+	t.Helper()
+	var keys [2]feed.Keys
+	for i := range keys {
+		var err error
+		if keys[i], err = feed.Derive([32]byte{8, byte(i)}, nil); err != nil {
+			t.Fatal(err)
+		}
 	}
 	log := slog.New(slog.DiscardHandler)
 	d := &device{d: &daemon{groups: make(map[string]string), lag: newLag()}, log: log}
-	d.d.cfg.Node, d.d.cfg.NATS.Heartbeat = "gw-a", time.Second
+	d.d.cfg.Node, d.d.cfg.NATS.Heartbeat, d.d.cfg.NATS.Peers = "gw-a", time.Second, []string{"127.0.0.1:1"}
 	d.desk = failover.NewDesk(failover.DeskConfig{Fixed: failover.Always, Log: log})
 	s := &session{table: wgroam.NewTable([32]byte{}), clock: wgroam.NewClock(time.Second), view: wgroam.NewView()}
-	if err := d.join(s, formerKeys{Keys: keys, until: time.Now().Add(50 * time.Millisecond)}, nil); err != nil {
+	var err error
+	if s.feed, s.merger, err = d.connect(s, keys[0], s.table, nil); err != nil {
 		t.Fatal(err)
 	}
+	if err := d.join(s, formerKeys{Keys: keys[1], until: time.Now().Add(lasts)}, nil); err != nil {
+		t.Fatal(err)
+	}
+	return d, s
+}
+
+// TestMemberEnds: a membership that has had its time ends alone, and leaves nothing
+// behind.
+func TestMemberEnds(t *testing.T) {
+	d, s := rolling(t, 50*time.Millisecond)
+	m := s.former[0]
 	if n := len(s.members()); n != 1 {
 		t.Fatalf("%d members, want 1", n)
 	}
-	s.former[0].run(t.Context(), s.table, log)
+	m.run(t.Context(), s.table, d.log)
 	if n := len(s.members()); n != 0 {
 		t.Errorf("%d members when the keys have had their time", n)
 	}
-	if _, err := d.d.claim(keys.Group(), "wg1"); err != nil {
+	if _, err := d.d.claim(m.keys.Group(), "wg1"); err != nil {
 		t.Errorf("the group is still taken: %v", err)
 	}
 	s.table.Merge(wgroam.Record{Peer: wgroam.Key{1}, Endpoint: netip.MustParseAddrPort("198.51.100.7:1")})
-	if n := s.former[0].from.Len(); n != 0 {
+	if n := m.from.Len(); n != 0 {
 		t.Errorf("%d changes that nobody will look at", n)
+	}
+}
+
+// TestFormerStatus: while keys are rolled, the trouble in the former group shows, too.
+func TestFormerStatus(t *testing.T) {
+	_, s := rolling(t, time.Hour)
+	at := netip.MustParseAddrPort("198.51.100.7:1")
+	s.former[0].merger.Update(feed.Update{Records: []wgroam.Record{
+		{Peer: wgroam.Key{1}, Endpoint: at, Version: wgroam.Version{HLC: wgroam.HLCAt(time.Now().Add(time.Hour)), Node: 2}},
+		{Peer: wgroam.Key{2}, Version: wgroam.Version{HLC: wgroam.HLCAt(time.Now()), Node: 2}},
+	}})
+	var out control.FeedStatus
+	s.feedStatus(&out)
+	if out.Refused["skew"] != 1 || out.Refused["endpoint"] != 1 {
+		t.Errorf("refused: %v", out.Refused)
+	}
+	var former []bool
+	for _, c := range out.Connections {
+		former = append(former, c.Former)
+	}
+	if diff := cmp.Diff([]bool{false, true}, former); diff != "" {
+		t.Errorf("connections of former keys (-want +got)\n%s", diff)
+	}
+	if err := s.future(); !errors.Is(err, wgroam.ErrSkew) {
+		t.Errorf("records from the future: %v", err)
 	}
 }

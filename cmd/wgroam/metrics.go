@@ -72,10 +72,17 @@ var metrics = []metric{
 	gauge("peers", "Peers in the device.", func(d control.DeviceStatus) int { return d.Peers }),
 	gauge("records", "Records in the table.", func(d control.DeviceStatus) int { return d.Records }),
 	gauge("records_waiting", "Records of peers that the device does not have.", func(d control.DeviceStatus) int { return d.Waiting }),
-	gauge("connections", "Connections of the feed that the configuration asks for.", func(d control.DeviceStatus) int { return len(d.Feed.Connections) }),
+	gauge("connections", "Connections of the feed that the configuration asks for.", func(d control.DeviceStatus) (n int) {
+		for _, c := range d.Feed.Connections {
+			if !c.Former {
+				n++
+			}
+		}
+		return n
+	}),
 	gauge("connections_up", "Those that are up.", func(d control.DeviceStatus) (up int) {
 		for _, c := range d.Feed.Connections {
-			if c.Connected {
+			if c.Connected && !c.Former {
 				up++
 			}
 		}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -52,7 +53,7 @@ func (d *device) actives() []string {
 	var out []string
 	for _, n := range s.nodes() {
 		if n.Role == feed.RoleActive && n.State != applier.NodeStale {
-			out = append(out, s.nameOf(n.ID))
+			out = append(out, cmp.Or(n.Name, n.ID.String()))
 		}
 	}
 	return out
@@ -75,7 +76,7 @@ func (d *device) newKeeper(s *session, client *wg.Client) *failover.Keeper {
 		},
 		Behind: func() time.Duration {
 			var most time.Duration
-			for _, n := range s.merger.Nodes() {
+			for _, n := range s.nodes() {
 				most = max(most, n.Skew)
 			}
 			// Less than this is the way of a heartbeat, and no clock's fault.

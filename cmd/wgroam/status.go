@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/feed"
 )
 
 // status is the daemon's answer to the verb status.
@@ -88,7 +90,7 @@ func (d *device) status() control.DeviceStatus {
 			out.Waiting++
 		}
 	}
-	if err := s.merger.Future(); err != nil {
+	if err := s.future(); err != nil {
 		errs = append(errs, err.Error())
 	}
 	f := s.state.Status()
@@ -110,12 +112,18 @@ func (d *device) status() control.DeviceStatus {
 
 func (s *session) feedStatus(out *control.FeedStatus) {
 	out.Subjects = s.feed.Subjects()
-	for _, c := range s.feed.Status() {
-		conn := control.Connection{Name: c.Name, Connected: c.Connected, Since: c.Since, Error: c.Denied}
-		if !c.Connected {
-			conn.Error = c.LastError
+	connections := func(link *feed.Link, former bool) {
+		for _, c := range link.Status() {
+			conn := control.Connection{Name: c.Name, Connected: c.Connected, Since: c.Since, Error: c.Denied}
+			if !c.Connected {
+				conn.Error = c.LastError
+			}
+			out.Connections = append(out.Connections, control.FeedConnection{Connection: conn, Former: former})
 		}
-		out.Connections = append(out.Connections, conn)
+	}
+	connections(s.feed, false)
+	for _, m := range s.members() {
+		connections(m.feed, true)
 	}
 	for _, n := range s.nodes() {
 		out.Nodes = append(out.Nodes, control.NodeStatus{
@@ -130,12 +138,23 @@ func (s *session) feedStatus(out *control.FeedStatus) {
 	out.Dropped = c.Dropped
 	m := s.merger.Counters()
 	out.Gaps, out.Syncs, out.SyncErrors, out.Synced = m.Gaps, m.Syncs, m.SyncErrors, m.Synced
-	out.Refused = map[string]uint64{
-		"short": c.Short, "version": c.Version, "type": c.Type, "key_id": c.KeyID, "auth": c.Auth,
-		"malformed": c.Malformed, "old": c.Old, "echo": c.OwnEcho, "name_clash": c.NameClash,
-		"aged": 0, "endpoint": 0, "full": 0, "skew": 0,
+	out.Refused = map[string]uint64{"aged": 0, "endpoint": 0, "full": 0, "skew": 0}
+	refused := func(c feed.Counters, records map[string]uint64) {
+		for reason, n := range map[string]uint64{
+			"short": c.Short, "version": c.Version, "type": c.Type, "key_id": c.KeyID, "auth": c.Auth,
+			"malformed": c.Malformed, "old": c.Old, "echo": c.OwnEcho, "name_clash": c.NameClash,
+		} {
+			out.Refused[reason] += n
+		}
+		for reason, n := range records {
+			out.Refused[reason] += n
+		}
 	}
-	maps.Copy(out.Refused, s.merger.Refused())
+	refused(c, s.merger.Refused())
+	// Also of those that have ended, for a counter does not go back.
+	for _, m := range s.former {
+		refused(m.feed.Counters(), m.merger.Refused())
+	}
 }
 
 // peers is the daemon's answer to the verb peers.
@@ -155,11 +174,15 @@ func (d *daemon) peers() []control.Peer {
 func (s *session) peers(device config.Device, self string) []control.Peer {
 	now := time.Now()
 	held := s.view.Peers()
+	names := make(map[wgroam.NodeID]string)
+	for _, n := range s.nodes() {
+		names[n.ID] = n.Name
+	}
 	out := make([]control.Peer, 0, len(held))
 	for _, r := range s.table.Records() {
 		node := self
 		if r.Version.Node != s.feed.Self() {
-			node = s.nameOf(r.Version.Node)
+			node = cmp.Or(names[r.Version.Node], r.Version.Node.String())
 		}
 		at := r.Version.HLC.Time()
 		p := control.Peer{
@@ -250,7 +273,10 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 		fmt.Fprintf(w, "  subjects\t%s\n", d.Feed.Subjects)
 	}
 	for _, c := range d.Feed.Connections {
-		printConnection(w, c)
+		if c.Former {
+			c.Name += " (former keys)"
+		}
+		printConnection(w, c.Connection)
 	}
 	for _, n := range d.Feed.Nodes {
 		under := ""

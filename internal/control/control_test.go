@@ -66,9 +66,9 @@ func testStatus() Status {
 				},
 				Feed: FeedStatus{
 					Mode: FeedEmbedded, Listen: "10.0.0.11:4950", Error: "address in use", Subjects: "wgroam.v1.abc.>",
-					Connections: []Connection{
-						{Name: "10.0.0.13:4950", Since: time.Date(2026, 11, 23, 7, 0, 1, 0, zone), Error: "connection refused"},
-						{Name: "10.0.0.12:4950", Since: time.Date(2026, 11, 23, 6, 0, 2, 5000, time.UTC), Connected: true},
+					Connections: []FeedConnection{
+						{Connection{Name: "10.0.0.13:4950", Since: time.Date(2026, 11, 23, 7, 0, 1, 0, zone), Error: "connection refused"}, true},
+						{Connection{Name: "10.0.0.12:4950", Since: time.Date(2026, 11, 23, 6, 0, 2, 5000, time.UTC), Connected: true}, false},
 					},
 					Nodes: []NodeStatus{
 						{Name: "gw-c", ID: "0000000000000003", Role: "always", State: NodeStale, AgeMS: 90000, SkewMS: -3},
@@ -267,7 +267,7 @@ func TestSchemaIsComplete(t *testing.T) {
 	d := s.Devices[0]
 	for _, v := range []any{s, d, d.Feed.Connections[1], d.Feed.Nodes[1], testPeers()[1], settlePeers(testPeers())} {
 		for _, path := range unset(fmt.Sprintf("%T", v), reflect.ValueOf(v)) {
-			if path != "control.Connection.Connected" && !strings.HasSuffix(path, ".Netns") {
+			if path != "control.FeedConnection.Connection.Connected" && !strings.HasSuffix(path, ".Netns") {
 				t.Errorf("%s is not set", path)
 			}
 		}

@@ -151,7 +151,7 @@ type FeedStatus struct {
 	Listen      string            `json:"listen"`      // the embedded server's host:port; empty when none
 	Error       string            `json:"error"`       // why there is no server; empty when there is, or none is wanted
 	Subjects    string            `json:"subjects"`    // all that the group uses; empty without a device
-	Connections []Connection      `json:"connections"` // by name
+	Connections []FeedConnection  `json:"connections"` // by name
 	Nodes       []NodeStatus      `json:"nodes"`       // the others, by name and id
 	Refused     map[string]uint64 `json:"refused"`     // received frames and records that changed nothing, by reason
 	Sent        uint64            `json:"sent"`        // records published, without answers to syncs
@@ -177,6 +177,13 @@ type Connection struct {
 	Connected bool      `json:"connected"`
 	Since     time.Time `json:"since"` // of the present state; RFC 3339, UTC
 	Error     string    `json:"error"` // why not connected, or which subject the server forbids; empty when neither
+}
+
+// FeedConnection is a Connection for a group of nodes.
+type FeedConnection struct {
+	Connection
+	// Former: the group is that of former keys of the device.
+	Former bool `json:"former,omitempty"`
 }
 
 // The values of NodeStatus.State.
@@ -292,7 +299,7 @@ func (s Status) settle() Status {
 			d.Snapshot.Written = d.Snapshot.Written.UTC()
 		}
 		f := &d.Feed
-		f.Connections = sorted(f.Connections, func(a, b Connection) int { return cmp.Compare(a.Name, b.Name) })
+		f.Connections = sorted(f.Connections, func(a, b FeedConnection) int { return cmp.Compare(a.Name, b.Name) })
 		for j := range f.Connections {
 			f.Connections[j].Since = f.Connections[j].Since.UTC()
 		}
