@@ -42,9 +42,9 @@ type daemon struct {
 	serving chan struct{} // closed when there is a server
 
 	mu        sync.Mutex
-	groups    map[string]string // device by group
-	server    *natsd.Server     // nil while there is none
-	serverErr error             // why there is none
+	groups    map[string]claim // by group
+	server    *natsd.Server    // nil while there is none
+	serverErr error            // why there is none
 }
 
 // serveAgain is how long an address that could not be had is left alone. It may
@@ -98,14 +98,26 @@ var errServing = errors.New("there is a server for the other nodes now")
 // errSameKey: two devices would take each other's records for their own.
 var errSameKey = errors.New("same private key as another device of this node")
 
-// claim makes a group the device's, until release.
-func (d *daemon) claim(group, device string) (release func(), err error) {
+// claim is what a device holds of a group.
+type claim struct {
+	device string
+	yield  func() // lets go of it, soon, if the group is that of former keys; or nil
+}
+
+// claim makes a group the device's, until release. Who has it for former keys
+// yields to a device whose key it is.
+func (d *daemon) claim(group string, c claim) (release func(), err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if other, taken := d.groups[group]; taken {
-		return nil, fmt.Errorf("%w: %s and %s: give each its own key, or a secret_file of its own", errSameKey, other, device)
+	other, taken := d.groups[group]
+	switch {
+	case taken && other.yield != nil && c.yield == nil:
+		other.yield()
+		return nil, fmt.Errorf("the private key is a former one of %s, which leaves its group now", other.device)
+	case taken:
+		return nil, fmt.Errorf("%w: %s and %s: give each its own key, or a secret_file of its own", errSameKey, other.device, c.device)
 	}
-	d.groups[group] = device
+	d.groups[group] = c
 	return func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -184,7 +196,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	if err != nil {
 		return err
 	}
-	release, err := d.d.claim(keys.Group(), where(d.cfg.Name, d.cfg.Netns))
+	release, err := d.d.claim(keys.Group(), claim{device: where(d.cfg.Name, d.cfg.Netns)})
 	if err != nil {
 		return err
 	}

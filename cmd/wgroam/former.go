@@ -92,20 +92,22 @@ type member struct {
 	publisher  *publisher.Publisher
 	toUs, from *wgroam.Changes // of the member's table, and of the device's
 	leave      func()
-	ended      atomic.Bool // the keys have had their time
+	yielded    <-chan struct{} // closed when they are another device's keys
+	ended      atomic.Bool     // the keys have had their time, or are another's
 }
 
 // join makes this node a member of the group of former keys, of which nothing
 // runs yet. It is none of a group that another device is in.
 func (d *device) join(s *session, keys formerKeys, server *natsd.Server) error {
-	release, err := d.d.claim(keys.Group(), where(d.cfg.Name, d.cfg.Netns))
+	yielded := make(chan struct{})
+	release, err := d.d.claim(keys.Group(), claim{where(d.cfg.Name, d.cfg.Netns), sync.OnceFunc(func() { close(yielded) })})
 	if err != nil {
 		d.log.Warn("not staying in the group of former keys", "err", err)
 		return nil
 	}
 	m := &member{
 		keys: keys, table: wgroam.NewTable(keys.DigestKey()),
-		toUs: wgroam.NewChanges(), from: wgroam.NewChanges(),
+		toUs: wgroam.NewChanges(), from: wgroam.NewChanges(), yielded: yielded,
 	}
 	m.table.KeepFor(d.d.cfg.MaxAge)
 	m.leave = sync.OnceFunc(func() {
@@ -160,8 +162,8 @@ func (m *member) restore(d *device) {
 	m.merger.Restore(records)
 }
 
-// run is the membership, until ctx ends or the keys have had their time; then the
-// node is in their group no more. What one table learns, the other does.
+// run is the membership, until ctx ends, or the keys have had their time or are another
+// device's; then this one is in their group no more. What one table learns, the other does.
 func (m *member) run(ctx context.Context, ours *wgroam.Table, log *slog.Logger) {
 	m.feed.Start()
 	membership, cancel := context.WithCancel(ctx)
@@ -171,6 +173,13 @@ func (m *member) run(ctx context.Context, ours *wgroam.Table, log *slog.Logger) 
 		defer cancel()
 	}
 	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer cancel()
+		select {
+		case <-membership.Done():
+		case <-m.yielded:
+		}
+	})
 	wg.Go(func() { m.merger.Run(membership) })
 	wg.Go(func() { _ = m.publisher.Run(membership) }) // always nil
 	wg.Go(func() { carry(membership, m.toUs, m.table, ours) })
@@ -180,7 +189,7 @@ func (m *member) run(ctx context.Context, ours *wgroam.Table, log *slog.Logger) 
 	if ctx.Err() == nil {
 		m.ended.Store(true)
 		m.leave()
-		log.Info("a former private key is forgotten now", "group", m.keys.Group())
+		log.Info("not in the group of a former key any more", "group", m.keys.Group())
 	}
 }
 

@@ -68,7 +68,7 @@ func rolling(t *testing.T, lasts time.Duration) (*device, *session) {
 		}
 	}
 	log := slog.New(slog.DiscardHandler)
-	d := &device{d: &daemon{groups: make(map[string]string), lag: newLag()}, log: log}
+	d := &device{d: &daemon{groups: make(map[string]claim), lag: newLag()}, log: log}
 	d.d.cfg.Node, d.d.cfg.NATS.Heartbeat, d.d.cfg.NATS.Peers = "gw-a", time.Second, []string{"127.0.0.1:1"}
 	d.desk = failover.NewDesk(failover.DeskConfig{Fixed: failover.Always, Log: log})
 	s := &session{table: wgroam.NewTable([32]byte{}), clock: wgroam.NewClock(time.Second), view: wgroam.NewView()}
@@ -94,12 +94,34 @@ func TestMemberEnds(t *testing.T) {
 	if n := len(s.members()); n != 0 {
 		t.Errorf("%d members when the keys have had their time", n)
 	}
-	if _, err := d.d.claim(m.keys.Group(), "wg1"); err != nil {
+	if _, err := d.d.claim(m.keys.Group(), claim{device: "wg1"}); err != nil {
 		t.Errorf("the group is still taken: %v", err)
 	}
 	s.table.Merge(wgroam.Record{Peer: wgroam.Key{1}, Endpoint: netip.MustParseAddrPort("198.51.100.7:1")})
 	if n := m.from.Len(); n != 0 {
 		t.Errorf("%d changes that nobody will look at", n)
+	}
+}
+
+// TestMemberYields: a device gets the group of its own key, also where that is a former
+// one of another device.
+func TestMemberYields(t *testing.T) {
+	d, s := rolling(t, time.Hour)
+	m, other := s.former[0], claim{device: "wg1"}
+	if _, err := d.d.claim(m.keys.Group(), claim{device: "wg2", yield: func() {}}); !errors.Is(err, errSameKey) {
+		t.Errorf("as former keys of two devices: %v", err)
+	}
+	for range 2 { // both before the membership has ended
+		if _, err := d.d.claim(m.keys.Group(), other); err == nil || errors.Is(err, errSameKey) {
+			t.Errorf("in the group at the same time: %v", err)
+		}
+	}
+	m.run(t.Context(), s.table, d.log)
+	if _, err := d.d.claim(m.keys.Group(), other); err != nil {
+		t.Errorf("the group is still taken: %v", err)
+	}
+	if _, err := d.d.claim(m.keys.Group(), claim{device: "wg2"}); !errors.Is(err, errSameKey) {
+		t.Errorf("the same key twice: %v", err)
 	}
 }
 

@@ -68,7 +68,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		kernel: kernel, port: port,
 		events:  control.NewHub(),
 		lag:     newLag(),
-		groups:  make(map[string]string),
+		groups:  make(map[string]claim),
 		serving: make(chan struct{}),
 	}
 	if cfg.Events.Enabled {
