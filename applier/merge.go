@@ -35,6 +35,13 @@ const (
 	// futureFor is how long after the last record from the future it is still
 	// worth an alarm. While a node has any, it is asked more often than that.
 	futureFor = 6 * futileFor
+	// agedSyncs is how many answers in a row with records that are too old are no
+	// accident: nodes that keep records equally long forget them together.
+	agedSyncs = 3
+	// failedLines is how often there is a line at most of a node that fails to answer.
+	failedLines = time.Minute
+	// forgetAfter is how long a node must be silent to be forgotten.
+	forgetAfter = 24 * time.Hour
 	// calmCheck is how often it is looked whether an alarm is over.
 	calmCheck = time.Second
 	// sessionLife is how long a WireGuard session can be used without a new
@@ -121,7 +128,9 @@ type node struct {
 	unproven  uint64        // newest boot of those
 	prove     time.Duration // how soon to ask for an answer again
 	beat      feed.Beat
-	heard     time.Time
+	heard     time.Time // its last sign of life
+	seen      time.Time // anything that came in its name
+	failed    time.Time // the last line about a sync with it that failed
 	ours      uint64    // sum of our digests at the last beat
 	differs   time.Time // since when the digests differ; zero when equal
 	suspect   bool      // something was missed: compare at the next beat
@@ -135,6 +144,7 @@ type node struct {
 	// Or until this host's clock shows that time, when what was refused in it as
 	// from the future is so no more; zero for an answer without such.
 	welcome time.Time
+	aged    int // answers in a row with records that are too old
 
 	skews  [16]time.Duration // of the newest beats, in no order
 	beats  int
@@ -227,7 +237,7 @@ func (m *Merger) Beat(b feed.Beat) {
 		n.seq, n.suspect = b.Seq, true
 	}
 	if b.Digest == ours {
-		n.differs, n.suspect = time.Time{}, false
+		n.differs, n.suspect, n.aged = time.Time{}, false, 0
 		return
 	}
 	if n.differs.IsZero() {
@@ -260,6 +270,7 @@ func (m *Merger) node(id wgroam.NodeID) *node {
 		n = &node{}
 		m.nodes[id] = n
 	}
+	n.seen = m.cfg.Now()
 	return n
 }
 
@@ -359,6 +370,15 @@ func (m *Merger) calm(now time.Time) {
 	}
 }
 
+// forget forgets nodes that have long been silent.
+func (m *Merger) forget(now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.DeleteFunc(m.nodes, func(_ wgroam.NodeID, n *node) bool {
+		return n.want == 0 && !n.asking && now.Sub(n.seen) > forgetAfter
+	})
+}
+
 // refuse counts a refused record.
 func (m *Merger) refuse(why string) {
 	m.mu.Lock()
@@ -376,6 +396,7 @@ func (m *Merger) Run(ctx context.Context) {
 			return
 		case <-tick.C:
 			m.calm(m.cfg.Now())
+			m.forget(m.cfg.Now())
 			continue
 		case <-m.kick:
 		}
@@ -410,6 +431,7 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 		got     int
 		err     error
 		welcome time.Time
+		aged    bool
 	)
 	for u, e := range m.cfg.Feed.Ask(ctx, id, &have) {
 		if e != nil {
@@ -417,6 +439,7 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 			break
 		}
 		for _, r := range u.Records {
+			aged = aged || r.Version.HLC < m.cfg.Table.Horizon()
 			if at := m.merge(r, m.cfg.Now()); welcome.IsZero() || !at.IsZero() && at.Before(welcome) {
 				welcome = at
 			}
@@ -437,6 +460,10 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 		switch {
 		case ctx.Err() != nil:
 		case !n.silent(m.cfg.Now()):
+			if !n.failed.IsZero() && m.cfg.Now().Sub(n.failed) < failedLines {
+				break
+			}
+			n.failed = m.cfg.Now()
 			m.cfg.Log.Warn("sync failed; trying again", "node", n.beat.Name, "err", err)
 		case !n.doubted:
 			n.doubted = true
@@ -446,6 +473,14 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 	}
 	m.counted.Syncs++
 	n.prove = proveEvery
+	switch {
+	case !aged:
+		n.aged = 0
+	case n.aged < agedSyncs:
+		if n.aged++; n.aged == agedSyncs {
+			m.cfg.Log.Warn("a node keeps records that are too old for this one: set feed.max_age to the same on all nodes", "node", n.beat.Name)
+		}
+	}
 	if now == have {
 		n.futile, n.welcome = [2]uint64{now.Sum(), n.askedAt}, welcome
 	}

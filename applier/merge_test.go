@@ -877,6 +877,75 @@ func TestFuture(t *testing.T) {
 	})
 }
 
+// TestOtherAge: of nodes that keep records for different times, the one that refuses
+// what the other has says so once.
+func TestOtherAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		now, old := seen(1), seen(2)
+		old.Version.HLC = wgroam.HLCAt(time.Now().Add(-2 * time.Hour))
+		m := known(t, func(context.Context, wgroam.NodeID, *wgroam.Digests) ([]wgroam.Record, error) {
+			return []wgroam.Record{now, old}, nil
+		})
+		m.cfg.Table.KeepFor(time.Hour)
+		m.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+		lines := func() int { return strings.Count(log.String(), "feed.max_age") }
+		beats := func(d time.Duration, digest uint64) {
+			for range d / feed.DefaultInterval {
+				time.Sleep(feed.DefaultInterval)
+				m.Beat(beat(1, 0, digest))
+				if asks(m) {
+					m.sync(t.Context(), other)
+				}
+			}
+		}
+		beats(futileFor, 42)
+		if lines() != 0 {
+			t.Errorf("took an accident for a habit: %s", &log)
+		}
+		beats(time.Minute, 42)
+		if lines() != 1 {
+			t.Errorf("%d lines in a minute, want 1:\n%s", lines(), &log)
+		}
+	})
+}
+
+// TestFailedLines: a node that goes on to fail is not a line for every beat.
+func TestFailedLines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		m := known(t, func(context.Context, wgroam.NodeID, *wgroam.Digests) ([]wgroam.Record, error) {
+			return nil, errors.New("no answer")
+		})
+		m.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+		for range 3 * failedLines / feed.DefaultInterval {
+			m.Beat(beat(2, 0, 42))
+			if asks(m) {
+				m.sync(t.Context(), other)
+			}
+			time.Sleep(feed.DefaultInterval)
+		}
+		if n := strings.Count(log.String(), "sync failed"); n != 3 {
+			t.Errorf("%d lines in %v, want 3", n, 3*failedLines)
+		}
+	})
+}
+
+// TestForget: nodes that have long been silent are forgotten.
+func TestForget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := known(t, nil)
+		m.forget(time.Now().Add(forgetAfter))
+		if len(m.Nodes()) != 1 {
+			t.Error("forgot a node that may come back")
+		}
+		m.forget(time.Now().Add(forgetAfter + time.Second))
+		if len(m.Nodes()) != 0 {
+			t.Error("remembers a node that is gone")
+		}
+	})
+}
+
 // TestAged: nodes forget old records at the same record, whatever their clocks say,
 // and are quiet then: what one has forgotten is not asked for again.
 func TestAged(t *testing.T) {

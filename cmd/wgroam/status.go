@@ -297,6 +297,7 @@ var remedies = map[string]string{
 	"version":    "another node runs a later version of wgroam: upgrade this one",
 	"name_clash": "another node goes by this one's name: give each its own",
 	"skew":       "a clock is wrong: keep all nodes on NTP",
+	"aged":       "old records; if more and more, set feed.max_age to the same on all nodes",
 }
 
 func printConnection(w io.Writer, c control.Connection) {
