@@ -172,8 +172,11 @@ func (a *Applier) Run(ctx context.Context) {
 		for _, k := range absent {
 			if _, known := missing[k]; !known && a.cfg.Missing != nil {
 				missing[k] = struct{}{}
-				wait = searchFirst
-				search = time.After(wait)
+				// More of them do not put it off.
+				if search == nil || wait > searchFirst {
+					wait = searchFirst
+					search = time.After(wait)
+				}
 			}
 		}
 		for _, r := range a.apply(records) {

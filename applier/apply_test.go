@@ -803,6 +803,12 @@ func TestMissing(t *testing.T) {
 		d.view.Keep(func(k wgroam.Key) bool { return k != key(1) })
 		time.Sleep(10 * time.Second)
 		want("it is gone", 1, 3, 7)
+		for i := range 3 {
+			table.Merge(record(key(10+i), at(1), 1))
+			time.Sleep(400 * time.Millisecond)
+		}
+		time.Sleep(2 * time.Second)
+		want("more and more are missing", 1, 3)
 		// Configuration management brings it back with what it knows.
 		d.has(key(1), at(9), wgroam.CauseConfig)
 		synctest.Wait()
