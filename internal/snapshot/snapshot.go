@@ -170,6 +170,25 @@ func (f *File) Run(ctx context.Context) {
 // returned, when nothing changes the table any more.
 func (f *File) Close() { f.write() }
 
+// keepBefore keeps the file as it is under another name as well, when the next one
+// has less than half of its records. That may be right, or the doing of a clock that was
+// far ahead when a node started: all that is older than max_age is forgotten then.
+func (f *File) keepBefore(records int) {
+	f.mu.Lock()
+	was := f.status.Records
+	f.mu.Unlock()
+	if 2*records >= was {
+		return
+	}
+	before := f.path + ".before"
+	err := os.Remove(before)
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		err = os.Link(f.path, before)
+	}
+	f.cfg.Log.Warn("most records of the snapshot are gone; keeping it as it was: if a clock was wrong, put it back while wgroam is stopped",
+		"file", before, "records", was, "now", records, "err", err)
+}
+
 // write writes what the table has, if that has changed. After a failure the peers
 // stay marked.
 func (f *File) write() {
@@ -178,6 +197,7 @@ func (f *File) write() {
 	}
 	keys := f.changes.Take(f.changes.Len())
 	records := f.cfg.Table.Records()
+	f.keepBefore(len(records))
 	err := Replace(f.path, Encode(f.cfg.Keys, records))
 
 	f.mu.Lock()

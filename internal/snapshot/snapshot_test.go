@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -165,6 +166,44 @@ func TestKeep(t *testing.T) {
 			t.Errorf("left behind: %v, %v", entries, err)
 		}
 	})
+}
+
+// TestBefore: a file that most records are about to vanish from, as with a clock that
+// was far ahead, is kept under another name.
+func TestBefore(t *testing.T) {
+	dir := t.TempDir()
+	table := wgroam.NewTable([32]byte{})
+	file := New(Config{Dir: dir, Keys: keysOf(t, 8), Table: table, Log: slog.New(slog.DiscardHandler)})
+	before := file.Status().Path + ".before"
+	write := func(gone func(wgroam.Record) bool, added byte) {
+		table.Revise(func(r wgroam.Record) (wgroam.Record, bool) { return wgroam.Record{Peer: r.Peer}, gone(r) })
+		table.Merge(record(added))
+		file.write()
+	}
+	for n := range byte(4) {
+		write(func(wgroam.Record) bool { return false }, n+1)
+	}
+	write(func(r wgroam.Record) bool { return r.Peer[0] <= 2 }, 5)
+	if _, err := os.Stat(before); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("kept for two records of four: %v", err)
+	}
+	for range 2 { // in the place of an older one
+		write(func(wgroam.Record) bool { return true }, 6)
+		if got := read(t, dir); !slices.Equal(got, []wgroam.Record{record(6)}) {
+			t.Errorf("read %v", got)
+		}
+		data, err := os.ReadFile(before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := Decode(keysOf(t, 8), data)
+		if slices.SortFunc(got, byPeer); err != nil || !slices.Equal(got, []wgroam.Record{record(3), record(4), record(5)}) {
+			t.Errorf("kept %v, %v", got, err)
+		}
+		write(func(wgroam.Record) bool { return true }, 3)
+		write(func(wgroam.Record) bool { return false }, 4)
+		write(func(wgroam.Record) bool { return false }, 5)
+	}
 }
 
 // TestRefused: a file that cannot be used is kept under another name.
