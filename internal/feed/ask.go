@@ -259,7 +259,10 @@ func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield fu
 		if h.Node != from.Node || h.Boot != from.Boot {
 			continue
 		}
-		if h.Seq != from.Seq+1 {
+		if h.Seq <= from.Seq {
+			continue // it came twice
+		}
+		if h.Seq > from.Seq+1 {
 			return fmt.Errorf("%v: chunk %d came after %d", t.node, h.Seq, from.Seq)
 		}
 		from.Seq = h.Seq
