@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -24,7 +25,7 @@ type Link interface {
 	OnEvent(func(feed.Event))
 	Publish([]wgroam.Record) error
 	Beat(feed.Beat) error
-	Answer(context.Context, *feed.Request, []wgroam.Record) error
+	Answer(context.Context, *feed.Request, []wgroam.Record) (sent int, err error)
 	Flush(context.Context) error
 }
 
@@ -49,7 +50,16 @@ const (
 	retry = 100 * time.Millisecond
 	// farewell bounds what is still sent when Run is asked to end.
 	farewell = 100 * time.Millisecond
+	// forgetAfter is how long a node must be silent to be forgotten.
+	forgetAfter = 24 * time.Hour
 )
+
+// heard is what is remembered of another node.
+type heard struct {
+	boot  uint64    // of a life that has begun
+	begun time.Time // then
+	at    time.Time // its newest beat
+}
 
 // Publisher publishes the records of one table.
 type Publisher struct {
@@ -61,7 +71,7 @@ type Publisher struct {
 	asked   *requests
 
 	mu    sync.Mutex
-	boots map[wgroam.NodeID]uint64 // newest of the other nodes
+	heard map[wgroam.NodeID]heard
 }
 
 // New makes a Publisher. From now on, the records of this node that win in the
@@ -77,7 +87,7 @@ func New(cfg Config) *Publisher {
 		flushUp: make(chan struct{}, 1),
 		beatUp:  make(chan struct{}, 1),
 		asked:   newRequests(),
-		boots:   make(map[wgroam.NodeID]uint64),
+		heard:   make(map[wgroam.NodeID]heard),
 	}
 	cfg.Table.Notify(p.changes, func(r wgroam.Record) bool {
 		if !p.own(r) {
@@ -88,7 +98,7 @@ func New(cfg Config) *Publisher {
 	})
 	cfg.Link.OnRequest(p.asked.add)
 	cfg.Link.OnBeat(func(b feed.Beat) {
-		if p.isNew(b.Header) {
+		if p.isNew(b, time.Now()) {
 			signal(p.beatUp)
 		}
 	})
@@ -101,16 +111,22 @@ func New(cfg Config) *Publisher {
 	return p
 }
 
-// isNew reports whether a node has begun to beat. It waits for a beat of ours, to know
+// isNew reports whether a node has begun to beat. Boots have no order: they are times
+// of a clock that may have been set back. Who is new waits for a beat of ours, to know
 // whom to ask for what it missed.
-func (p *Publisher) isNew(h feed.Header) bool {
+func (p *Publisher) isNew(b feed.Beat, now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if h.Boot <= p.boots[h.Node] {
-		return false
+	h := p.heard[b.Node]
+	h.at = now
+	// Recordings of two lives by turns are new all the time.
+	begun := h.boot != b.Boot && now.Sub(h.begun) >= p.cfg.Beat
+	if begun {
+		h.boot, h.begun = b.Boot, now
+		maps.DeleteFunc(p.heard, func(_ wgroam.NodeID, h heard) bool { return now.Sub(h.at) > forgetAfter })
 	}
-	p.boots[h.Node] = h.Boot
-	return true
+	p.heard[b.Node] = h
+	return begun
 }
 
 // own keeps what came from another node from being published again.
@@ -250,8 +266,9 @@ func (p *Publisher) answer(ctx context.Context) {
 				break
 			}
 			records := p.cfg.Table.Differing(&r.Have)
-			p.asked.sent(r, len(records))
-			if err := p.cfg.Link.Answer(ctx, r, records); err != nil {
+			n, err := p.cfg.Link.Answer(ctx, r, records)
+			p.asked.sent(r, n)
+			if err != nil {
 				p.cfg.Log.Debug("answer to a sync request cut short", "node", r.Node, "err", err)
 			}
 		}

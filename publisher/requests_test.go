@@ -198,6 +198,41 @@ func TestRequestsOfAll(t *testing.T) {
 	}
 }
 
+// TestNew: a node that begins to beat is new, whatever its clock was set to. Who plays
+// back the beats of former lives does not make us beat all the time.
+func TestNew(t *testing.T) {
+	const every = 250 * time.Millisecond
+	p := &Publisher{cfg: Config{Beat: every}, heard: make(map[wgroam.NodeID]heard)}
+	now := time.Unix(1000, 0)
+	says := func(node, boot int) bool {
+		now = now.Add(every / 10)
+		return p.isNew(feed.Beat{Header: feed.Header{Node: wgroam.NodeID(node), Boot: uint64(boot)}}, now)
+	}
+	if !says(1, 7) || says(1, 7) {
+		t.Error("want a node to be new once")
+	}
+	now = now.Add(time.Hour)
+	if !says(1, 5) || says(1, 5) {
+		t.Error("want a node to be new once after its clock was set back")
+	}
+	began, n := now, 0
+	for range 100 {
+		for _, boot := range []int{3, 4, 5} {
+			if says(1, boot) {
+				n++
+			}
+		}
+	}
+	if most := int(now.Sub(began) / every); n > most {
+		t.Errorf("new %d times, want %d at most", n, most)
+	}
+	now = now.Add(forgetAfter)
+	says(2, 1)
+	if len(p.heard) != 1 {
+		t.Errorf("remembers %d nodes, want the one that still beats", len(p.heard))
+	}
+}
+
 func TestRequestsBounded(t *testing.T) {
 	q, now := newRequests(), time.Unix(1000, 0)
 	for i := range 10 * maxAskers {

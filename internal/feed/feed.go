@@ -330,13 +330,13 @@ func (l *Link) publish(subject string, h header) error {
 }
 
 // Answer sends records to the node that asked: what wgroam.Table.Differing
-// returns for its digests. It stops early when ctx ends.
-func (l *Link) Answer(ctx context.Context, r *Request, records []wgroam.Record) error {
+// returns for its digests. It stops early when ctx ends, and returns how many it sent.
+func (l *Link) Answer(ctx context.Context, r *Request, records []wgroam.Record) (sent int, err error) {
 	h := l.header(kindReply, 0, wgroam.RecordSize, 0)
 	var body, out []byte
 	for h.flags&flagLast == 0 {
 		if err := ctx.Err(); err != nil {
-			return err
+			return sent, err
 		}
 		chunk := records[:min(len(records), MaxRecords)]
 		records = records[len(chunk):]
@@ -348,13 +348,14 @@ func (l *Link) Answer(ctx context.Context, r *Request, records []wgroam.Record) 
 		body = appendRecords(body[:0], chunk)
 		out = l.keys.seal(out[:0], h, body, r.inbox, r.bind[:])
 		if !r.via.up.Load() {
-			return fmt.Errorf("answer %v: %w: %s", r.Node, ErrNoLink, r.via.name)
+			return sent, fmt.Errorf("answer %v: %w: %s", r.Node, ErrNoLink, r.via.name)
 		}
 		if err := r.via.publish(r.inbox, out); err != nil {
-			return fmt.Errorf("answer %v: %w", r.Node, err)
+			return sent, fmt.Errorf("answer %v: %w", r.Node, err)
 		}
+		sent += len(chunk)
 	}
-	return nil
+	return sent, nil
 }
 
 // Flush waits until all that was published has reached a server, or ctx ends.

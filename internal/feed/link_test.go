@@ -314,7 +314,7 @@ func (n *node) serve(t testing.TB, table *wgroam.Table) {
 			case <-ctx.Done():
 				return
 			case r := <-n.requests:
-				if err := n.Answer(ctx, r, table.Differing(&r.Have)); err != nil && ctx.Err() == nil {
+				if _, err := n.Answer(ctx, r, table.Differing(&r.Have)); err != nil && ctx.Err() == nil {
 					t.Errorf("answer: %v", err)
 				}
 			}
@@ -714,7 +714,7 @@ func TestForgedAnswers(t *testing.T) {
 	}
 	first := ask()
 	r := next(t, "request", a.requests)
-	if err := a.Answer(t.Context(), r, []wgroam.Record{record(1, a.Self())}); err != nil {
+	if _, err := a.Answer(t.Context(), r, []wgroam.Record{record(1, a.Self())}); err != nil {
 		t.Fatal(err)
 	}
 	if err := next(t, "end", first); err != nil {
@@ -749,7 +749,7 @@ func TestForgedAnswers(t *testing.T) {
 	if err := mallory.PublishRequest(prefix+"q", prefix+"r.mallory", oldRequest.Data); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Answer(t.Context(), next(t, "request", a.requests), nil); err != nil {
+	if _, err := a.Answer(t.Context(), next(t, "request", a.requests), nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{m.Reply, oldRequest.Reply} { // the forged one was seen here, too

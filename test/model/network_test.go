@@ -258,18 +258,19 @@ func (l *link) Ask(ctx context.Context, id wgroam.NodeID, have *wgroam.Digests) 
 }
 
 // Answer is the other half.
-func (l *link) Answer(_ context.Context, r *feed.Request, records []wgroam.Record) error {
+func (l *link) Answer(_ context.Context, r *feed.Request, records []wgroam.Record) (sent int, err error) {
 	l.mu.Lock()
 	q := l.life.questions[r]
 	delete(l.life.questions, r)
 	l.mu.Unlock()
 	for c := (chunk{Update: feed.Update{Header: feed.Header{Node: l.node.id, Boot: l.boot}}}); !c.last; {
 		if !l.up() {
-			return feed.ErrNoLink
+			return sent, feed.ErrNoLink
 		}
 		c.Seq++
 		c.Records = records[:min(chunkRecords, len(records))]
 		records = records[len(c.Records):]
+		sent += len(c.Records)
 		c.last = len(records) == 0
 		l.w.send(message{reply, l.node.index, q.from.node.index, func(to *life) {
 			if to != q.from {
@@ -281,5 +282,5 @@ func (l *link) Answer(_ context.Context, r *feed.Request, records []wgroam.Recor
 			}
 		}})
 	}
-	return nil
+	return sent, nil
 }
