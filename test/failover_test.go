@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -373,6 +375,32 @@ func TestFailover(t *testing.T) {
 				t.Errorf("the daemons complained:\n%s", s)
 			}
 		})
+	}
+}
+
+// TestFailoverAlone: the role is carried out also where the node has no part in a
+// group, such as without a private key.
+func TestFailoverAlone(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	gw, dir := l.Gateways[0], t.TempDir()
+	furnish(t, l, gw)
+	before := settingsOf(t, gw)
+	if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{PrivateKey: new(wgtypes.Key)}); err != nil {
+		t.Fatal(err)
+	}
+	n := &node{gw: gw, socket: filepath.Join(dir, "control.sock"), file: filepath.Join(dir, "wgroam.toml")}
+	if err := os.WriteFile(n.file, []byte(roleConfig(gw, dir, `role = "auto"`, "")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.process = start(t, gw, nil, "run", "--config", n.file)
+	n.says("the device is not served")
+	n.awaitState("quiet")
+	isQuiet(t, gw, "down")
+	n.mustRole("active")
+	n.awaitState("open")
+	sameSettings(t, "the active has what it had", before, settingsOf(t, gw))
+	if s := n.status(); s.State != control.StateWaiting {
+		t.Errorf("the device is %s", s.State)
 	}
 }
 

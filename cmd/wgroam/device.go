@@ -135,8 +135,9 @@ type device struct {
 
 	mu      sync.Mutex
 	current *session // nil while there is no such link
-	seen    bool     // there was one
-	problem error    // why there is no session, or what went wrong last
+	keeper  *failover.Keeper
+	seen    bool  // there was one
+	problem error // why there is no session, or what went wrong last
 	// The memory of the group, kept while the link is away.
 	group   string
 	inForce feed.Keys // of that group
@@ -168,7 +169,6 @@ type session struct {
 	feed    *feed.Link
 	tracker *tracker.Tracker
 	applier *applier.Applier
-	keeper  *failover.Keeper
 	merger  *applier.Merger
 	state   *snapshot.File
 	former  []*member
@@ -227,19 +227,11 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
 		Written: d.d.lag.stage(d.cfg, stageApplied), Missing: s.tracker.Refresh,
 	})
-	keeping, err := space.Open()
-	if err != nil {
-		return err
-	}
-	defer keeping.Close()
-	s.keeper = d.newKeeper(s, keeping)
 	pub := publisher.New(publisher.Config{
 		Table: s.table, Link: s.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,
 		Sent: d.d.lag.stage(d.cfg, stageSent),
 	})
 	g, ctx := errgroup.WithContext(ctx)
-	// At once: a standby must not speak while the other parts take their time.
-	g.Go(func() error { s.keeper.Run(ctx); return nil })
 	if err := s.tracker.Start(); err != nil {
 		g.Go(func() error { return err }) // which ends ctx
 		return g.Wait()

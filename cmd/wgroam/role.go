@@ -42,11 +42,16 @@ func newDevice(d *daemon, dc config.Device) *device {
 // watchesVIP tells whether the virtual IP is a source of the role.
 func (d *device) watchesVIP() bool { return d.cfg.Role == config.RoleAuto && len(d.cfg.VIP) > 0 }
 
+// live returns the session; nil while there is none.
+func (d *device) live() *session {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.current
+}
+
 // actives returns the names of the other nodes that are active.
 func (d *device) actives() []string {
-	d.mu.Lock()
-	s := d.current
-	d.mu.Unlock()
+	s := d.live()
 	if s == nil {
 		return nil
 	}
@@ -59,25 +64,61 @@ func (d *device) actives() []string {
 	return out
 }
 
-// newKeeper returns the keeper of a session, which has all its other parts.
-func (d *device) newKeeper(s *session, client *wg.Client) *failover.Keeper {
+// errKeep: what is wrong is wrong with keep alone.
+var errKeep = errors.New("the role is not carried out")
+
+// keep makes the device what the role asks for while the link lasts, whatever
+// becomes of the session: a standby must not speak for want of a feed, and an
+// active must.
+func (d *device) keep(ctx context.Context, space *wg.Space, link wg.Link) error {
+	client, err := space.Open()
+	if err != nil {
+		return fmt.Errorf("%w: %w", errKeep, err)
+	}
+	defer client.Close()
+	keeper := d.newKeeper(space, link, client)
+	d.setKeeper(keeper)
+	defer d.setKeeper(nil)
+	keeper.Run(ctx)
+	return nil
+}
+
+// unkept says why there is no keeper, unless there is no session for that, too.
+func (d *device) unkept(err error) {
+	if errors.Is(err, errKeep) {
+		d.log.Error("the device is left as it is; trying again", "err", err)
+	}
+}
+
+func (d *device) setKeeper(k *failover.Keeper) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.keeper = k
+}
+
+// newKeeper returns the keeper of a link.
+func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *failover.Keeper {
 	return failover.NewKeeper(failover.KeeperConfig{
-		Device: client, Name: s.link.Name, Ifindex: s.link.Ifindex, Space: s.space,
+		Device: client, Name: link.Name, Ifindex: link.Ifindex, Space: space,
 		Desk: d.desk, Memory: d.mem, Silent: d.cfg.Standby == config.StandbySilent, VIP: d.cfg.VIP,
 		Settled: func() bool {
-			return !slices.ContainsFunc(s.table.Records(), func(r wgroam.Record) bool { return s.applier.State(r.Peer) == applier.StateNo })
+			s := d.live()
+			return s == nil || !slices.ContainsFunc(s.table.Records(), func(r wgroam.Record) bool { return s.applier.State(r.Peer) == applier.StateNo })
 		},
 		Seen: func(k wgroam.Key) time.Time {
-			r, ok := s.table.Get(k)
-			if !ok {
-				return time.Time{}
+			if s := d.live(); s != nil {
+				if r, ok := s.table.Get(k); ok {
+					return r.Version.HLC.Time()
+				}
 			}
-			return r.Version.HLC.Time()
+			return time.Time{}
 		},
 		Behind: func() time.Duration {
 			var most time.Duration
-			for _, n := range s.nodes() {
-				most = max(most, n.Skew)
+			if s := d.live(); s != nil {
+				for _, n := range s.nodes() {
+					most = max(most, n.Skew)
+				}
 			}
 			// Less than this is the way of a heartbeat, and no clock's fault.
 			if most < skewWarn*time.Millisecond {
@@ -169,8 +210,14 @@ func (d *daemon) setRole(name, word string) error {
 }
 
 // keeperStatus adds what the keeper makes of the device.
-func (s *session) keeperStatus(out *control.Failover) {
-	k := s.keeper.Status()
+func (d *device) keeperStatus(out *control.Failover) {
+	d.mu.Lock()
+	keeper := d.keeper
+	d.mu.Unlock()
+	if keeper == nil {
+		return
+	}
+	k := keeper.Status()
 	out.State = k.State
 	if k.Err != nil {
 		out.Error = k.Err.Error()

@@ -115,9 +115,9 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		if dev.watchesVIP() {
 			g.Go(func() error { return dev.watchVIP(ctx) })
 		}
-		g.Go(func() error {
-			return follow(ctx, place{dev.cfg.Netns, dev.cfg.Name}, dev.log, dev.absent, dev.session)
-		})
+		at := place{dev.cfg.Netns, dev.cfg.Name}
+		g.Go(func() error { return follow(ctx, at, dev.log, dev.unkept, dev.keep) })
+		g.Go(func() error { return follow(ctx, at, dev.log, dev.absent, dev.session) })
 	}
 	return g.Wait()
 }

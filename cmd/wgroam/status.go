@@ -64,6 +64,7 @@ func (d *device) status() control.DeviceStatus {
 		errs = append(errs, err.Error())
 		out.Feed.Error = err.Error()
 	}
+	d.keeperStatus(&out.Failover)
 	if s == nil {
 		if seen {
 			out.State = control.StateMissing
@@ -106,7 +107,6 @@ func (d *device) status() control.DeviceStatus {
 	}
 	out.LastError = strings.Join(errs, "; ")
 	s.feedStatus(&out.Feed)
-	s.keeperStatus(&out.Failover)
 	return out
 }
 
