@@ -136,7 +136,12 @@ func (e External) options() (nats.Options, string, error) {
 	}
 
 	for u := range strings.SplitSeq(c.URL, ",") {
-		o.Servers = append(o.Servers, strings.TrimSpace(u))
+		u = strings.TrimSpace(u)
+		if _, err := parseURL(u); err != nil {
+			// The error has the password in it, and so has that of nats.go.
+			return o, "", fmt.Errorf("nats url %s: not a URL: write other characters than letters and digits in user and password as %%XX, such as %%2C for a comma", redact(u))
+		}
+		o.Servers = append(o.Servers, u)
 	}
 	o.User, o.Password, o.Token = c.User, c.Password, c.Token
 	var set []nats.Option

@@ -524,12 +524,26 @@ func (l *limiter) allow(now time.Time) bool {
 	return true
 }
 
+// parseURL takes a URL without a scheme for nats, as nats.go does.
+func parseURL(s string) (*url.URL, error) {
+	if !strings.Contains(s, "://") {
+		s = "nats://" + s
+	}
+	return url.Parse(s)
+}
+
 // redact removes what is secret in a list of URLs.
 func redact(urls string) string {
 	list := strings.Split(urls, ",")
 	for i, s := range list {
 		s = strings.TrimSpace(s)
-		if u, err := url.Parse(s); err == nil && u.User != nil {
+		u, err := parseURL(s)
+		switch at := strings.LastIndexByte(s, '@'); {
+		case err != nil && at < 0:
+			s = "(no URL)" // perhaps half of one, with a comma in the password
+		case err != nil:
+			s = s[at+1:]
+		case u.User != nil:
 			u.User = nil
 			s = u.String()
 		}
