@@ -3,6 +3,7 @@
 package events
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -370,6 +372,48 @@ func TestPermission(t *testing.T) {
 	next(t, sub)
 	if s := p.Status(); s.Dropped != 0 || s.Error != "" {
 		t.Errorf("%+v", s)
+	}
+}
+
+// TestGranted: a permission that came later ends the complaint, once events are taken.
+func TestGranted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := New(Config{Log: slog.New(slog.DiscardHandler)})
+		p.connected(nil)
+		for range 3 {
+			p.accepted()
+			p.refused(nats.ErrPermissionViolation)
+			time.Sleep(2 * settled)
+			if p.Status().Error == "" {
+				t.Error("no complaint while all are refused")
+			}
+		}
+		for range 5 { // more often than complaints are waited for
+			p.accepted()
+			time.Sleep(settled / 4)
+		}
+		if s := p.Status(); s.Error != "" || s.Dropped != 3 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
+// TestEnd: a clean end is no trouble.
+func TestEnd(t *testing.T) {
+	_, port := startServer(t, server.Options{})
+	var log strings.Builder
+	p := New(Config{
+		Node: "gw-a", NATS: feed.External{URL: fmt.Sprintf("nats://127.0.0.1:%d", port)},
+		Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn})),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	var done sync.WaitGroup
+	done.Go(func() { p.Run(ctx) })
+	until(t, p, "connected", func(s control.EventsStatus) bool { return s.Connected })
+	cancel()
+	done.Wait()
+	if log.Len() > 0 {
+		t.Errorf("warns of its own end:\n%s", log.String())
 	}
 }
 

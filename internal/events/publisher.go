@@ -24,6 +24,9 @@ const queued = 1024
 // lastWords is how long the end waits until the server has what was published.
 const lastWords = 500 * time.Millisecond
 
+// settled is how long it takes at most to hear that an event is refused.
+const settled = 2 * time.Second
+
 // again is how long a credentials file that is missing is left alone.
 const again = 2 * time.Second
 
@@ -49,8 +52,10 @@ type Publisher struct {
 	mu     sync.Mutex
 	seq    uint64
 	status control.Connection
-	logged bool // that it is not connected
-	denied bool // logged that the server refuses events
+	logged bool      // that it is not connected
+	denied bool      // logged that the server refuses events
+	well   time.Time // of the first event since the last refused one; zero before
+	ending bool
 }
 
 // New returns a Publisher. Nothing is published before Run.
@@ -84,6 +89,9 @@ func (p *Publisher) Publish(keys feed.Keys, e control.Event) {
 func (p *Publisher) Status() control.EventsStatus {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.status.Connected && p.denied && !p.well.IsZero() && time.Since(p.well) > settled {
+		p.denied, p.status.Error = false, ""
+	}
 	return control.EventsStatus{
 		Connection: p.status, Redact: p.cfg.Redact,
 		Sent: p.sent.Load(), Dropped: p.dropped.Load(), Waiting: len(p.queue),
@@ -103,6 +111,9 @@ func (p *Publisher) Run(ctx context.Context) {
 		nc, err = p.connect(ctx)
 	}
 	defer func() {
+		p.mu.Lock()
+		p.ending = true
+		p.mu.Unlock()
 		nc.Close()
 		<-p.closed // no callback runs any more
 	}()
@@ -131,7 +142,7 @@ func (p *Publisher) send(ctx context.Context, nc *nats.Conn, i item) bool {
 	m, err := p.message(i)
 	for err == nil {
 		if err = nc.PublishMsg(m); err == nil {
-			p.sent.Add(1)
+			p.accepted()
 			return true
 		}
 		if !errors.Is(err, nats.ErrReconnectBufExceeded) {
@@ -202,7 +213,7 @@ func (p *Publisher) disconnected(err error) {
 		p.status.Connected, p.status.Since = false, time.Now()
 	}
 	p.status.Error = err.Error()
-	quiet, name := p.logged, p.status.Name
+	quiet, name := p.logged || p.ending, p.status.Name
 	p.logged = true
 	p.mu.Unlock()
 	if !quiet {
@@ -210,11 +221,21 @@ func (p *Publisher) disconnected(err error) {
 	}
 }
 
+// accepted notes an event that the server has, and may refuse yet.
+func (p *Publisher) accepted() {
+	p.sent.Add(1)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.well.IsZero() {
+		p.well = time.Now()
+	}
+}
+
 // refused notes an event that the server does not take.
 func (p *Publisher) refused(err error) {
 	p.dropped.Add(1)
 	p.mu.Lock()
-	p.status.Error = err.Error()
+	p.status.Error, p.well = err.Error(), time.Time{}
 	quiet, name := p.denied, p.status.Name
 	p.denied = true
 	p.mu.Unlock()
