@@ -309,7 +309,9 @@ func (c *conn) disconnected(err error) {
 		err = errAnew
 	}
 	c.status.Connected, c.status.Since, c.status.LastError = false, time.Now(), err.Error()
-	c.logged = troubleReach
+	if !forced { // which is no line, but its failure would be
+		c.logged = troubleReach
+	}
 	c.mu.Unlock()
 	if closing {
 		return
