@@ -112,7 +112,7 @@ type Tracker struct {
 	sessions *sessions
 	unnamed  []bpf.UplinkEvent // handshakes of peers that are not known yet
 	hinted   time.Duration     // CLOCK_BOOTTIME of the newest hint that wants a dump
-	blind    bool              // there is a link that the program is not attached to
+	blind    bool              // the program does not see all of the device's packets
 	deaf     time.Duration     // CLOCK_BOOTTIME until which what has not been heard may yet have been said
 }
 
@@ -430,7 +430,9 @@ func (t *Tracker) dump(ctx context.Context, why dumpReason) error {
 	}
 	t.ladder.saw(d)
 	t.hush(suppressed)
-	blind := t.ladder.tap != nil && t.ladder.tap.unwatched() != nil
+	// The device may have another port since the program was told of one.
+	tap := t.ladder.tap
+	blind := tap == nil || tap.port != t.ladder.port || tap.unwatched() != nil
 	t.mu.Lock()
 	t.blind = blind
 	t.mu.Unlock()
