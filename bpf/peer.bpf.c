@@ -175,7 +175,11 @@ static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint
 	hs = bpf_map_lookup_elem(&handshakes, &task);
 	/* The peer is compared because a softirq can run on top of the worker
 	 * and bring another peer's data. */
-	if (!hs || hs->peer != (__u64)peer || bpf_ktime_get_boot_ns() - hs->boot_ns > HANDSHAKE_NS)
+	if (!hs || hs->peer != (__u64)peer)
+		return CAUSE_DATA;
+	/* Signed, for the clock may step back a little (timekeeping.c,
+	 * ktime_get_mono_fast_ns). */
+	if ((__s64)(bpf_ktime_get_boot_ns() - hs->boot_ns) > (__s64)HANDSHAKE_NS)
 		return CAUSE_DATA;
 	return hs->type == MESSAGE_HANDSHAKE_RESPONSE ? CAUSE_RESPONSE : CAUSE_INITIATION;
 }
