@@ -259,12 +259,18 @@ func prepare(t testing.TB, gw *lab.Gateway, kernel *Kernel, sweep time.Duration)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cfg.WG.Close(); cfg.Space.Close() })
+	v.begin(cfg)
+	return v
+}
+
+// begin starts a tracker, which has its device and namespace until the test ends.
+func (v *live) begin(cfg Config) {
+	v.t.Helper()
+	v.t.Cleanup(func() { cfg.WG.Close(); cfg.Space.Close() })
 	v.Tracker = New(cfg)
 	if err := v.Start(); err != nil {
-		t.Fatal(err)
+		v.t.Fatal(err)
 	}
-	return v
 }
 
 // run runs the tracker until the test ends, or stop is called.

@@ -43,11 +43,7 @@ func atClient(t *testing.T, c *lab.Client, port *Port) *live {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cfg.WG.Close(); cfg.Space.Close() })
-	v.Tracker = New(cfg)
-	if err := v.Start(); err != nil {
-		t.Fatal(err)
-	}
+	v.begin(cfg)
 	if s := v.Status(); s.Rung != RungPort {
 		t.Fatalf("status %+v", s)
 	}

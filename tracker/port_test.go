@@ -271,6 +271,24 @@ func send(t testing.TB, conn net.Conn, message []byte) {
 	}
 }
 
+// readd removes the gateway's only peer and adds it again, as configuration management
+// does: the time of its last handshake is forgotten.
+func readd(t *testing.T, gw *lab.Gateway, endpoint *net.UDPAddr) {
+	t.Helper()
+	peers, err := gw.Peers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []wgtypes.PeerConfig{
+		{PublicKey: peers[0].PublicKey, Remove: true},
+		{PublicKey: peers[0].PublicKey, AllowedIPs: peers[0].AllowedIPs, Endpoint: endpoint},
+	} {
+		if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{Peers: []wgtypes.PeerConfig{p}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestPortReplay: a device that has not heard of a peer before accepts the
 // recording of an old initiation. It is no proof; that of the peer itself is.
 func TestPortReplay(t *testing.T) {
@@ -280,19 +298,7 @@ func TestPortReplay(t *testing.T) {
 		tap := tapOf(t, gw)
 		reach(t, c)
 		initiation := tap.next(device.MessageInitiationType)
-		// As by configuration management: the time of the last handshake is forgotten.
-		peers, err := gw.Peers()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, p := range []wgtypes.PeerConfig{
-			{PublicKey: peers[0].PublicKey, Remove: true},
-			{PublicKey: peers[0].PublicKey, AllowedIPs: peers[0].AllowedIPs},
-		} {
-			if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{Peers: []wgtypes.PeerConfig{p}}); err != nil {
-				t.Fatal(err)
-			}
-		}
+		readd(t, gw, nil)
 		v := start(t, gw, ported(t))
 		conn, forged := attacker(t, l.Gateways[1])
 		send(t, conn, initiation)
@@ -332,18 +338,7 @@ func TestPortReplayLive(t *testing.T) {
 		tap := tapOf(t, gw)
 		reach(t, c)
 		initiation := tap.next(device.MessageInitiationType)
-		peers, err := gw.Peers()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, p := range []wgtypes.PeerConfig{
-			{PublicKey: peers[0].PublicKey, Remove: true},
-			{PublicKey: peers[0].PublicKey, AllowedIPs: peers[0].AllowedIPs, Endpoint: net.UDPAddrFromAddrPort(c.Endpoint())},
-		} {
-			if err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{Peers: []wgtypes.PeerConfig{p}}); err != nil {
-				t.Fatal(err)
-			}
-		}
+		readd(t, gw, net.UDPAddrFromAddrPort(c.Endpoint()))
 		v := start(t, gw, ported(t))
 		tell(t, gw, c)
 		response := tap.next(device.MessageResponseType)
