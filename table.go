@@ -41,13 +41,12 @@ type entry struct {
 	term  uint32
 	hlc   HLC
 	node  NodeID
-	hash  uint64
 }
 
-func entryOf(r Record, hash uint64) entry {
+func entryOf(r Record) entry {
 	return entry{
 		addr: r.Endpoint.Addr().As16(), port: r.Endpoint.Port(), cause: r.Cause,
-		term: r.Version.Term, hlc: r.Version.HLC, node: r.Version.Node, hash: hash,
+		term: r.Version.Term, hlc: r.Version.HLC, node: r.Version.Node,
 	}
 }
 
@@ -126,8 +125,8 @@ func (t *Table) forget() {
 	t.horizon = horizon
 	for k, e := range t.peers {
 		if e.hlc < horizon {
+			t.digest(e.record(k))
 			delete(t.peers, k)
-			t.digests[BucketOf(k)] ^= e.hash
 		}
 	}
 }
@@ -148,13 +147,15 @@ func (t *Table) Merge(r Record) bool {
 		return false
 	}
 	old, known := t.peers[r.Peer]
-	if known && r.compare(old.record(r.Peer)) <= 0 {
-		return false
+	if known {
+		before := old.record(r.Peer)
+		if r.compare(before) <= 0 {
+			return false
+		}
+		t.digest(before)
 	}
-	e := entryOf(r, t.hash(r))
-	t.peers[r.Peer] = e
-	// An unknown peer's old hash is zero.
-	t.digests[BucketOf(r.Peer)] ^= old.hash ^ e.hash
+	t.digest(r)
+	t.peers[r.Peer] = entryOf(r)
 	t.notify(r)
 	t.newest = max(t.newest, r.Version.HLC)
 	t.forget()
@@ -177,18 +178,18 @@ func (t *Table) Revise(change func(Record) (Record, bool)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for k, old := range t.peers {
-		r, ok := change(old.record(k))
+		before := old.record(k)
+		r, ok := change(before)
 		if !ok {
 			continue
 		}
+		t.digest(before)
 		if !r.Endpoint.IsValid() {
 			delete(t.peers, k)
-			t.digests[BucketOf(k)] ^= old.hash
 			continue
 		}
-		e := entryOf(r, t.hash(r))
-		t.peers[k] = e
-		t.digests[BucketOf(k)] ^= old.hash ^ e.hash
+		t.digest(r)
+		t.peers[k] = entryOf(r)
 		t.notify(r)
 	}
 	// The newest record may be an older one now.
@@ -228,11 +229,13 @@ func (t *Table) Newest() HLC {
 	return t.newest
 }
 
-func (t *Table) hash(r Record) uint64 {
+// digest puts r into the digest of its bucket, or takes it out: a hash that is
+// made anew is one that need not be kept for each record.
+func (t *Table) digest(r Record) {
 	var buf [32 + RecordSize]byte
 	b, _ := r.AppendBinary(append(buf[:0], t.digestKey[:]...))
 	sum := sha256.Sum256(b)
-	return binary.BigEndian.Uint64(sum[:])
+	t.digests[BucketOf(r.Peer)] ^= binary.BigEndian.Uint64(sum[:])
 }
 
 // Get returns the newest record of a peer.

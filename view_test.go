@@ -7,16 +7,23 @@ import (
 	"net/netip"
 	"sync"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 )
+
+// genHeld is genEndpoint, and what only a device holds.
+var genHeld = rapid.OneOf(genEndpoint, rapid.SampledFrom([]netip.AddrPort{
+	netip.MustParseAddrPort("[fe80::1%eth0]:1"), netip.MustParseAddrPort("[fe80::1%7]:1"), netip.MustParseAddrPort("[fe80::1]:1"),
+	netip.MustParseAddrPort("192.0.2.1:1"), netip.MustParseAddrPort("[::ffff:192.0.2.1]:1"),
+}))
 
 // TestView: a view is a map that says which of its entries change.
 func TestView(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		v, changes := NewView(), NewChanges()
 		v.Notify(changes)
-		want := map[Key]Holding{}
+		want, now := map[Key]Holding{}, time.Now()
 		t.Repeat(map[string]func(*rapid.T){
 			"": func(t *rapid.T) {
 				if got := v.Peers(); !maps.Equal(got, want) || v.Len() != len(want) {
@@ -27,7 +34,10 @@ func TestView(t *testing.T) {
 				k := genPeer.Draw(t, "peer")
 				h := Holding{}
 				if rapid.Bool().Draw(t, "has an endpoint") {
-					h = Holding{Endpoint: genEndpoint.Draw(t, "endpoint"), Cause: genCause.Draw(t, "cause")}
+					h = Holding{Endpoint: genHeld.Draw(t, "endpoint"), Cause: genCause.Draw(t, "cause")}
+					if rapid.Bool().Draw(t, "has a time") {
+						h.At = now.Add(time.Duration(rapid.IntRange(-2, 2).Draw(t, "at")) * time.Hour)
+					}
 				}
 				old, had := want[k]
 				before, known := v.Set(k, h)
@@ -69,6 +79,21 @@ func TestViewCopies(t *testing.T) {
 	clear(v.Peers())
 	if _, ok := v.Get(Key{1}); !ok {
 		t.Error("the caller has emptied the view")
+	}
+}
+
+// TestViewTimes: an At is the instant that it was, with a monotonic reading or without.
+func TestViewTimes(t *testing.T) {
+	v, now := NewView(), time.Now()
+	for i, at := range []time.Time{{}, now.Round(0), now, now.Add(-time.Hour), now.Round(0).Add(time.Hour), {}} {
+		k := Key{byte(i)}
+		v.Set(k, Holding{At: at})
+		if got, _ := v.Get(k); !got.At.Equal(at) {
+			t.Errorf("%v has become %v", at, got.At)
+		}
+	}
+	if got, ok := v.Get(Key{99}); ok || got != (Holding{}) {
+		t.Errorf("an unknown peer has %v, %v", got, ok)
 	}
 }
 
