@@ -16,19 +16,22 @@ import (
 	"github.com/wgroam/wgroam/internal/wg"
 )
 
-// gate is an nftables table that says what may pass the UDP port of a device. It
-// stays as it is when the daemon ends, however it ends.
+// gate is an nftables table that says what may pass the UDP port of a device, and
+// the device itself. It stays as it is when the daemon ends, however it ends.
 type gate struct {
-	space *wg.Space
-	table *nftables.Table
+	space  *wg.Space
+	device string
+	table  *nftables.Table
 }
 
 func newGate(space *wg.Space, device string) *gate {
-	return &gate{space, &nftables.Table{Name: "wgroam-" + device, Family: nftables.TableFamilyINet}}
+	return &gate{space, device, &nftables.Table{Name: "wgroam-" + device, Family: nftables.TableFamilyINet}}
 }
 
 // shut returns what the gate says while it lets nothing of WireGuard in or out.
-func shut(port int) string { return fmt.Sprintf("wgroam: standby, port %d is shut", port) }
+func shut(port int) string {
+	return fmt.Sprintf("wgroam: standby, port %d and the tunnel are shut", port)
+}
 
 // from returns what the gate says while all that WireGuard sends bears one of the
 // addresses.
@@ -83,7 +86,9 @@ func (g *gate) change(add func(*nftables.Conn)) error {
 // remove takes the gate away.
 func (g *gate) remove() error { return g.change(nil) }
 
-// shut lets nothing of WireGuard in or out.
+// shut lets nothing of WireGuard in or out, nor anything into the tunnel: that would
+// begin a handshake, in vain, and WireGuard begins no other with the peer for the
+// next 5 seconds (send.c, wg_packet_send_handshake_initiation: REKEY_TIMEOUT).
 func (g *gate) shut(port int) error {
 	return g.change(func(conn *nftables.Conn) {
 		for _, way := range []struct {
@@ -97,6 +102,15 @@ func (g *gate) shut(port int) error {
 				UserData: userdata.AppendString(nil, userdata.TypeComment, shut(port)),
 			})
 		}
+		// What is forwarded as well as what is sent here.
+		conn.AddRule(&nftables.Rule{
+			Table: g.table, Chain: g.chain(conn, "tunnel", nftables.ChainHookPostrouting),
+			Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: append([]byte(g.device), 0)},
+				&expr.Verdict{Kind: expr.VerdictDrop},
+			},
+		})
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -80,6 +81,38 @@ func TestGate(t *testing.T) {
 			t.Errorf("%s: arrived from %v, want %q", what, got, want)
 		}
 	}
+	// The one's name is the beginning of the other's.
+	err = netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "wg0"}, PeerName: "wg01"})
+	for _, name := range []string{"wg0", "wg01"} {
+		var link netlink.Link
+		if err == nil {
+			link, err = netlink.LinkByName(name)
+		}
+		if err == nil {
+			err = netlink.LinkSetUp(link)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	// enters tells whether what is sent into a tunnel goes there.
+	enters := func(name string) bool {
+		t.Helper()
+		lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+			var serr error
+			err := raw.Control(func(fd uintptr) { serr = unix.BindToDevice(int(fd), name) })
+			return errors.Join(err, serr)
+		}}
+		c, err := lc.ListenPacket(t.Context(), "udp4", "")
+		if err == nil {
+			defer c.Close()
+			_, err = c.WriteTo([]byte("x"), &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: other})
+		}
+		if err != nil && !errors.Is(err, unix.EPERM) {
+			t.Fatal(err)
+		}
+		return err == nil
+	}
 	g := newGate(nil, "wg0")
 	says := func(want string) {
 		t.Helper()
@@ -105,10 +138,16 @@ func TestGate(t *testing.T) {
 		want("in, shut", pass(free, guarded, "10.9.9.1", port), "")
 		want("in, shut, IPv6", pass(free, guarded, "fd09::1", port), "")
 		want("another port", pass(free, free, "10.9.9.1", other), "10.9.9.1")
+		if enters("wg0") || !enters("wg01") {
+			t.Error("shut, something enters the tunnel, or nothing another one")
+		}
 
 		vips := []netip.Addr{netip.MustParseAddr("10.9.9.2"), netip.MustParseAddr("10.9.9.3"), netip.MustParseAddr("fd09::2")}
 		check(g.from(vips, port))
 		says(from(vips, port))
+		if !enters("wg0") {
+			t.Error("open, nothing enters the tunnel")
+		}
 		sums := captureSums(t, lo.Attrs().Index)
 		want("out", pass(guarded, free, "10.9.9.1", other), "10.9.9.2")
 		want("out, IPv6", pass(guarded, free, "fd09::1", other), "fd09::2")
