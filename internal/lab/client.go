@@ -270,6 +270,19 @@ func (c *Client) Forget() error {
 	return c.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{c.peer()}})
 }
 
+// KeepAlive gives the client another persistent keepalive than the lab's, in whole
+// seconds; 0 is off.
+func (c *Client) KeepAlive(every time.Duration) error {
+	c.lab.mu.Lock()
+	defer c.lab.mu.Unlock()
+	c.alive = every
+	return c.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{{
+		PublicKey:                   c.lab.key.PublicKey(),
+		UpdateOnly:                  true,
+		PersistentKeepaliveInterval: &c.alive,
+	}}})
+}
+
 func (c *Client) configure(cfg wgtypes.Config) error {
 	if err := c.lab.clients.wg.ConfigureDevice(c.dev.name, cfg); err != nil {
 		return fmt.Errorf("client %d: configure %s: %w", c.n, c.dev.name, err)
