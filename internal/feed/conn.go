@@ -20,7 +20,12 @@ import (
 )
 
 const (
-	dialTimeout   = 2 * time.Second
+	dialTimeout = 2 * time.Second
+	// dialBeside is how soon a connection that is not made yet is tried a second time beside
+	// the first. Of the first, what was lost on the way is sent again after a second only
+	// (net/tcp.h, TCP_TIMEOUT_INIT), which would be how long we notice too late that a
+	// network has been mended.
+	dialBeside    = 250 * time.Millisecond
 	reconnectWait = 100 * time.Millisecond
 	jitter        = 50 * time.Millisecond
 	// A subscription that reaches its limit drops what is newest.
@@ -143,8 +148,7 @@ func (d dialer) SkipTLSHandshake() bool { return d.tls }
 func (c *conn) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	var d net.Dialer
-	raw, err := d.DialContext(ctx, network, addr)
+	raw, err := dialBesides(ctx, network, addr)
 	if err != nil {
 		// Noted here, because nats.go makes nothing of a first refused one.
 		err = fmt.Errorf("%w: %w", errUnreachable, err)
@@ -168,6 +172,39 @@ func (c *conn) dial(ctx context.Context, network, addr string) (net.Conn, error)
 		return nil, explain(err)
 	}
 	return t, nil
+}
+
+// dialBesides tries again and again, beside what it has begun, until one attempt is
+// through or has failed.
+func dialBesides(ctx context.Context, network, addr string) (net.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	first, done := make(chan result), make(chan struct{})
+	defer close(done)
+	tick := time.NewTicker(dialBeside)
+	defer tick.Stop()
+	for {
+		go func() {
+			var d net.Dialer
+			conn, err := d.DialContext(ctx, network, addr)
+			select {
+			case first <- result{conn, err}:
+			case <-done:
+				if err == nil {
+					_ = conn.Close()
+				}
+			}
+		}()
+		select {
+		case r := <-first:
+			return r.conn, r.err
+		case <-tick.C:
+		}
+	}
 }
 
 func (c *conn) start(ctx context.Context) {
