@@ -141,7 +141,7 @@ type device struct {
 	// The memory of the group, kept while the link is away.
 	group   string
 	inForce feed.Keys // of that group
-	former  []formerKeys
+	former  []snapshot.Former
 
 	// Of the session alone, from one to the next.
 	table  *wgroam.Table
@@ -196,6 +196,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	if err != nil {
 		return err
 	}
+	defer d.lastLook(ctx, reader)
 	release, err := d.d.claim(keys.Group(), claim{device: where(d.cfg.Name, d.cfg.Netns)})
 	if err != nil {
 		return err
@@ -262,7 +263,11 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	g.Go(func() error { return pub.Run(ctx) })
 	g.Go(func() error { s.state.Run(ctx); return nil })
 	for _, m := range s.former {
-		g.Go(func() error { m.run(ctx, s.table, d.log); return nil })
+		g.Go(func() error {
+			m.run(ctx, s.table, d.log)
+			d.rekeyed(keys, time.Now()) // the keys may have had their time
+			return nil
+		})
 	}
 	if server == nil {
 		g.Go(func() error {

@@ -32,15 +32,9 @@ const (
 	maxFormer = 2
 )
 
-// formerKeys are keys of a device that are in force on other nodes, perhaps.
-type formerKeys struct {
-	feed.Keys
-	until time.Time // zero: as long as it is configured
-}
-
 // keys derives the group's keys from the device's private key, which does not
 // stay in memory, and returns the former ones.
-func (d *device) keys(client *wg.Client) (feed.Keys, []formerKeys, error) {
+func (d *device) keys(client *wg.Client) (feed.Keys, []snapshot.Former, error) {
 	private, err := client.PrivateKey(d.cfg.Name)
 	defer clear(private[:])
 	if err != nil {
@@ -50,42 +44,67 @@ func (d *device) keys(client *wg.Client) (feed.Keys, []formerKeys, error) {
 	if err != nil {
 		return feed.Keys{}, nil, err
 	}
-	var former []formerKeys
+	var former []snapshot.Former
 	if d.cfg.FormerSecretFile != "" {
 		k, err := feed.Derive(private, d.cfg.FormerSecret)
 		if err != nil {
 			return feed.Keys{}, nil, err
 		}
-		former = append(former, formerKeys{Keys: k})
+		former = append(former, snapshot.Former{Keys: k})
 	}
 	return keys, append(former, d.rekeyed(keys, time.Now())...), nil
 }
 
 // rekeyed notes the keys that are in force now, and returns those that were
-// before, oldest first.
-func (d *device) rekeyed(keys feed.Keys, now time.Time) []formerKeys {
+// before, oldest first. They are kept in a file, sealed with those in force, for the daemon
+// that comes after this one.
+func (d *device) rekeyed(keys feed.Keys, now time.Time) []snapshot.Former {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.group != "" && d.group != keys.Group() {
-		d.former = append(d.former, formerKeys{d.inForce, now.Add(formerFor)})
+	was, dir := d.inForce, d.d.cfg.StateDir
+	changed := d.group != "" && d.group != keys.Group()
+	switch {
+	case changed:
+		d.former = append(d.former, snapshot.Former{Keys: was, Until: now.Add(formerFor)})
 		d.log.Warn("the device has another private key; staying in the group of the former one as well, for the nodes that still have it",
 			"former", d.group, "until", now.Add(formerFor))
+	case d.group == "": // the daemon has just started
+		former, err := snapshot.ReadFormer(dir, keys)
+		if err != nil {
+			d.log.Error("not staying in the groups of former private keys, if there are any", "err", err)
+		}
+		d.former = former
 	}
 	d.group, d.inForce = keys.Group(), keys
-	var out []formerKeys
+	var out []snapshot.Former
 	for _, f := range d.former {
-		if f.Group() != d.group && now.Before(f.until) {
+		if f.Group() != d.group && now.Before(f.Until) {
 			out = append(out, f)
 		}
 	}
 	d.former = out[max(0, len(out)-maxFormer):]
+	err := snapshot.WriteFormer(dir, keys, d.former)
+	if changed && err == nil {
+		err = snapshot.WriteFormer(dir, was, nil)
+	}
+	if err != nil {
+		d.log.Error("a restart forgets the former private keys: make room, or make state.dir writable", "err", err)
+	}
 	return d.former
+}
+
+// lastLook notices keys that have come since the last dump when the daemon ends, or the
+// next one would not know that there were others.
+func (d *device) lastLook(daemon context.Context, client *wg.Client) {
+	if daemon.Err() != nil {
+		_, _, _ = d.keys(client) // the device may be gone
+	}
 }
 
 // member is this node's part in a group of former keys. It has a table of its
 // own, because digests depend on the group.
 type member struct {
-	keys       formerKeys
+	keys       snapshot.Former
 	table      *wgroam.Table
 	feed       *feed.Link
 	merger     *applier.Merger
@@ -98,7 +117,7 @@ type member struct {
 
 // join makes this node a member of the group of former keys, of which nothing
 // runs yet. It is none of a group that another device is in.
-func (d *device) join(s *session, keys formerKeys, server *natsd.Server) error {
+func (d *device) join(s *session, keys snapshot.Former, server *natsd.Server) error {
 	yielded := make(chan struct{})
 	release, err := d.d.claim(keys.Group(), claim{where(d.cfg.Name, d.cfg.Netns), sync.OnceFunc(func() { close(yielded) })})
 	if err != nil {
@@ -168,8 +187,8 @@ func (m *member) run(ctx context.Context, ours *wgroam.Table, log *slog.Logger) 
 	m.feed.Start()
 	membership, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if !m.keys.until.IsZero() {
-		membership, cancel = context.WithDeadline(membership, m.keys.until)
+	if !m.keys.Until.IsZero() {
+		membership, cancel = context.WithDeadline(membership, m.keys.Until)
 		defer cancel()
 	}
 	var wg sync.WaitGroup

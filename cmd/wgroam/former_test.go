@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/feed"
+	"github.com/wgroam/wgroam/internal/snapshot"
 )
 
 // TestRekeyed gives a device one private key after the other.
@@ -29,7 +31,8 @@ func TestRekeyed(t *testing.T) {
 		keys = append(keys, k)
 		number[k.Group()] = i
 	}
-	d := &device{log: slog.New(slog.DiscardHandler)}
+	d := &device{d: new(daemon), log: slog.New(slog.DiscardHandler)}
+	d.d.cfg.StateDir = t.TempDir()
 	start := time.Now()
 	for i, step := range []struct {
 		key   int
@@ -53,6 +56,13 @@ func TestRekeyed(t *testing.T) {
 		if diff := cmp.Diff(step.want, got); diff != "" {
 			t.Errorf("step %d: former keys (-want +got)\n%s", i, diff)
 		}
+		// Another daemon goes on from there, and there is a file for that where there has to be.
+		d = &device{d: d.d, log: d.log}
+		files, err := filepath.Glob(filepath.Join(d.d.cfg.StateDir, "*"))
+		if want := min(1, len(step.want)); err != nil || len(files) != want {
+			t.Errorf("step %d: files %v, want %d (%v)", i, files, want, err)
+		}
+		d.rekeyed(keys[step.key], start.Add(step.after))
 	}
 }
 
@@ -76,7 +86,7 @@ func rolling(t *testing.T, lasts time.Duration) (*device, *session) {
 	if s.feed, s.merger, err = d.connect(s, keys[0], s.table, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.join(s, formerKeys{Keys: keys[1], until: time.Now().Add(lasts)}, nil); err != nil {
+	if err := d.join(s, snapshot.Former{Keys: keys[1], Until: time.Now().Add(lasts)}, nil); err != nil {
 		t.Fatal(err)
 	}
 	return d, s

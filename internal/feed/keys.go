@@ -40,7 +40,8 @@ type secrets struct {
 	group  string
 	kid    uint32
 	digest [32]byte
-	alias  [32]byte    // of addresses
+	alias  [32]byte // of addresses
+	prk    [SecretSize]byte
 	aead   cipher.AEAD // of frames
 	file   cipher.AEAD // of snapshots
 	tls    *tls.Config
@@ -74,8 +75,22 @@ func Derive(private [32]byte, secret []byte) (Keys, error) {
 		return Keys{}, fmt.Errorf("derive keys: %w", err)
 	}
 	defer clear(prk)
+	return KeysOf([SecretSize]byte(prk))
+}
+
+// SecretSize is the size in bytes of what Keys.Secret returns.
+const SecretSize = sha256.Size
+
+// Secret returns that from which KeysOf makes the same Keys. There is no way from it to the
+// device's private key, but to all that the group says. The caller zeroes it after use.
+func (k Keys) Secret() [SecretSize]byte { return k.s().prk }
+
+// KeysOf is the reverse of Keys.Secret.
+func KeysOf(secret [SecretSize]byte) (Keys, error) {
+	defer clear(secret[:])
+	var err error
 	expand := func(label string, n int) []byte {
-		b, e := hkdf.Expand(sha256.New, prk, label, n)
+		b, e := hkdf.Expand(sha256.New, secret[:], label, n)
 		err = errors.Join(err, e)
 		return b
 	}
@@ -98,6 +113,7 @@ func Derive(private [32]byte, secret []byte) (Keys, error) {
 		kid:    binary.BigEndian.Uint32(kid),
 		digest: [32]byte(digest),
 		alias:  [32]byte(alias),
+		prk:    secret,
 	}
 	if s.aead, err = chacha20poly1305.NewX(seal); err != nil {
 		return Keys{}, fmt.Errorf("derive keys: %w", err)
