@@ -48,8 +48,9 @@ test-unit: ## Run the unit tests
 test-model: ## Let groups live through 100 000 random schedules of faults, in virtual time
 	go test -v -count=1 -timeout 30m -run TestSchedules ./test/model -rapid.checks=12500
 
+# The faults of TestFaults, six at a time: what they do most is wait.
 test-net: build ## Run the end-to-end tests in network namespaces of this machine (root)
-	go test -race -v -count=1 -run '$(RUN)' ./test
+	go test -race -v -count=1 -timeout 20m -parallel 6 -run '$(RUN)' ./test
 
 test-vm: $(KERNEL:%=test-vm-%) ## Run the tests on Debian's kernels in QEMU: KERNEL=6.12 RUN=TestHook
 

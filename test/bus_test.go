@@ -42,6 +42,16 @@ func startBus(t testing.TB, gw *lab.Gateway) (string, *nats.Conn) {
 // runBus is startBus for whoever ends it himself.
 func runBus(t testing.TB, gw *lab.Gateway, more ...func(*server.Options)) (url string, nc *nats.Conn, stop func()) {
 	t.Helper()
+	ns, nc := runServer(t, gw, more...)
+	return "nats://" + ns.Addr().String(), nc, func() {
+		nc.Close()
+		ns.Shutdown()
+		ns.WaitForShutdown()
+	}
+}
+
+func runServer(t testing.TB, gw *lab.Gateway, more ...func(*server.Options)) (ns *server.Server, nc *nats.Conn) {
+	t.Helper()
 	addr := netip.AddrPortFrom(gw.Addr4, 4222)
 	opts := &server.Options{Host: addr.Addr().String(), Port: int(addr.Port()), NoLog: true, NoSigs: true}
 	for _, f := range more {
@@ -65,11 +75,7 @@ func runBus(t testing.TB, gw *lab.Gateway, more ...func(*server.Options)) (url s
 	if err != nil {
 		t.Fatal(err)
 	}
-	return "nats://" + addr.String(), nc, func() {
-		nc.Close()
-		ns.Shutdown()
-		ns.WaitForShutdown()
-	}
+	return ns, nc
 }
 
 func onBus(gw *lab.Gateway, dir, url string) string {

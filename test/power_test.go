@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/wgroam/wgroam/internal/lab"
 )
@@ -71,4 +72,36 @@ func TestPowerCycle(t *testing.T) {
 			t.Errorf("%s: %+v", n.gw.Name, s)
 		}
 	}
+}
+
+// TestPowerCut: all gateways lose power at once while clients roam. What they knew when
+// they last wrote it, ten seconds before at most, they know when they come back, and of all
+// the rest as soon as the clients have spoken.
+func TestPowerCut(t *testing.T) {
+	if lab.InVM() {
+		t.Skip("nothing here depends on the kernel, and this one is emulated")
+	}
+	// A file is written every ten seconds while something changes (snapshot.go, every).
+	const written, writing = 10 * time.Second, time.Second
+	w := newWorld(t, newLab(t, lab.Config{Clients: 5}))
+	n := w.roams(written + 2*writing)
+	cut := time.Now()
+	for i := range w.nodes {
+		w.kill(i)
+	}
+	for _, n := range w.nodes {
+		w.must(n.gw.Recreate())
+	}
+	for i := range w.nodes {
+		w.restart(i)
+	}
+	behind, took, lost := w.converge(cut.Add(-written - writing))
+	t.Logf("%d roams; %d updates of before the last %v behind at the start, equal %v later; %d lost", n, behind, written, took.Round(time.Millisecond), lost)
+	young, _ := w.missing(cut)
+	for _, c := range w.lab.Clients {
+		w.must(c.Forget())
+	}
+	w.rest(w.lab.Clients)
+	_, took, lost = w.converge(time.Now())
+	t.Logf("%d updates of the last %v behind until clients spoke, equal %v later; %d lost", young, written, took.Round(time.Millisecond), lost)
 }

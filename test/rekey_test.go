@@ -5,7 +5,6 @@ package test
 import (
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,6 +14,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
@@ -31,9 +31,7 @@ func (w *world) roamsWhile(f func()) (n int) {
 				return
 			case <-tick.C:
 			}
-			c := w.lab.Clients[n%len(w.lab.Clients)]
-			_, err := c.RoamPort()
-			if err = errors.Join(err, c.Send(1)); err != nil {
+			if err := w.move(w.lab.Clients[n%len(w.lab.Clients)]); err != nil {
 				<-end
 				done <- err
 				return
@@ -53,14 +51,14 @@ func (w *world) roamsWhile(f func()) (n int) {
 func (w *world) step(what string, f func()) {
 	w.t.Helper()
 	n := w.roamsWhile(f) + w.roams(time.Second)
-	took := w.converge()
-	lost := uint64(0)
+	_, took, lost := w.converge(time.Now())
+	repaired := uint64(0)
 	for _, node := range w.nodes {
-		lost += node.status().SweepRepairs
+		repaired += node.status().SweepRepairs
 	}
-	w.t.Logf("%s: %d roams; all devices equal after %v; %d repaired by the sweep", what, n, took.Round(time.Millisecond), lost)
-	if w.lab.Kernel && lost != 0 {
-		w.t.Errorf("%s: the sweep found %d changes that nobody had told", what, lost)
+	w.t.Logf("%s: %d roams; tables and devices equal after %v; %d lost, %d repaired by the sweep", what, n, took.Round(time.Millisecond), lost, repaired)
+	if w.lab.Kernel && repaired != 0 {
+		w.t.Errorf("%s: the sweep found %d changes that nobody had told", what, repaired)
 	}
 }
 
@@ -86,11 +84,8 @@ func TestSecretRoll(t *testing.T) {
 		t.Skip("nothing here depends on the kernel, and this one is emulated")
 	}
 	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "x"}, Clients: 3})
-	w := &world{t: t, whole: t, lab: l, nodes: startMesh(t, l)}
+	w := newWorld(t, l)
 	former := w.nodes[0].status().Group
-	for _, c := range l.Clients {
-		ping(t, c)
-	}
 	secret := filepath.Join(t.TempDir(), "secret")
 	w.must(os.WriteFile(secret, []byte(hex.EncodeToString(key32(t))), 0o600))
 	for _, phase := range []struct{ name, keys string }{
@@ -118,36 +113,43 @@ func key32(t testing.TB) []byte {
 }
 
 // TestKeyRoll gives the gateways another private key, one by one, the active
-// last and with it the clients.
+// last and with it the clients. Each daemon is restarted in the middle of it.
 func TestKeyRoll(t *testing.T) {
 	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "x"}, Clients: 3})
-	w := &world{t: t, whole: t, lab: l}
-	for _, gw := range l.Gateways {
+	w := &world{t: t, lab: l, places: make(map[wgroam.Key][]place)}
+	for i, gw := range l.Gateways {
 		dir := t.TempDir()
-		cfg := strings.Replace(config(gw, dir, others(l, gw)...), "poll_interval", "sweep_interval = \"1s\"\npoll_interval", 1)
+		cfg := config(gw, dir, others(l, gw)...)
+		if i < 2 {
+			cfg = strings.Replace(cfg, "poll_interval", "sweep_interval = \"1s\"\npoll_interval", 1)
+		}
 		w.nodes = append(w.nodes, startNode(t, gw, dir, cfg))
 	}
-	for _, n := range w.nodes {
-		n.awaitNodes(2)
-	}
+	w.settle()
 	former := w.nodes[0].status().Group
-	for _, c := range l.Clients {
-		ping(t, c)
-	}
 	key, err := wgtypes.GeneratePrivateKey()
 	w.must(err)
-	for _, i := range []int{1, 2, 0} {
+	for _, i := range []int{2, 1, 0} {
 		n := w.nodes[i]
-		w.step(n.gw.Name+" has the new key", func() {
+		roll := func() {
 			w.must(n.gw.WG().ConfigureDevice(n.gw.Device(), wgtypes.Config{PrivateKey: &key}))
 			if i == 0 {
 				w.must(l.Rekey(key))
 			}
+		}
+		inNewGroup := func() {
 			await(t, n.gw.Name+" in the new group", func() (bool, string) {
-				g := n.status().Group
+				g := w.nodes[i].status().Group
 				return g != former, g
 			})
-		})
+		}
+		if i == 2 {
+			// Whose next sweep is in five minutes: it is told no more than that it has to end.
+			w.step(n.gw.Name+" has the new key when it is restarted", func() { roll(); n.stop(); w.restart(i); inNewGroup() })
+			continue
+		}
+		w.step(n.gw.Name+" has the new key", func() { roll(); inNewGroup() })
+		w.step(n.gw.Name+" was killed", func() { w.kill(i); w.restart(i); inNewGroup() })
 	}
 	w.inOneGroup(former)
 }

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"sync"
 
+	"github.com/vishvananda/netlink"
 	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
@@ -230,6 +231,26 @@ func (g *Gateway) Revive() error {
 	g.dead = false
 	return g.lab.router.linkUp(g.Name)
 }
+
+// Lose makes all that this gateway sends to another's own IPv4 address get lost on the
+// way, until Reach: the address gets a hardware address that nobody has. Neither of them
+// is told, and what the other sends arrives.
+func (g *Gateway) Lose(to *Gateway) error {
+	link, err := g.ns.link(lanDev)
+	if err == nil {
+		err = g.ns.nl.NeighSet(&netlink.Neigh{
+			LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT,
+			IP: to.Addr4.AsSlice(), HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 0},
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("lose what gateway %s sends to %s: %w", g.Name, to.Name, err)
+	}
+	return nil
+}
+
+// Reach ends Lose.
+func (g *Gateway) Reach(to *Gateway) error { return g.ns.forget(lanDev, to.Addr4) }
 
 func (g *Gateway) takeVIP() error {
 	err := errors.Join(
