@@ -84,8 +84,10 @@ const (
 
 // Status is what an Applier can tell of itself.
 type Status struct {
-	// Applied and Errors count endpoints written, and failed to write.
-	Applied, Errors uint64
+	// Applied and Errors count endpoints written, and failed to write. Undone are
+	// those of Applied that took back what only the beginning of a handshake, perhaps
+	// a replayed one, had brought into the device.
+	Applied, Errors, Undone uint64
 	// LastError is the newest failure; nil after a success.
 	LastError error
 }
@@ -304,10 +306,12 @@ func (a *Applier) apply(records []wgroam.Record) []wgroam.Record {
 func (a *Applier) write(records []wgroam.Record) error {
 	eps := make([]wg.Endpoint, len(records))
 	before := make([]wgroam.Holding, len(records))
+	news := make([]bool, len(records))
 	now := time.Now()
 	a.mu.Lock()
 	for i, r := range records {
 		eps[i] = wg.Endpoint{Peer: r.Peer, Endpoint: r.Endpoint}
+		news[i] = a.peers[r.Peer].version != r.Version
 		a.peers[r.Peer] = written{r.Version, now, r.Endpoint}
 	}
 	a.mu.Unlock()
@@ -323,7 +327,12 @@ func (a *Applier) write(records []wgroam.Record) error {
 	a.status.LastError = err
 	if err == nil {
 		a.status.Applied += uint64(len(records))
-		for _, r := range records {
+		for i, r := range records {
+			if !news[i] && before[i].Cause == wgroam.CauseInitiation {
+				a.status.Undone++
+				a.cfg.Log.Warn("took back an endpoint that no session has confirmed; the handshake may have been a replay",
+					"device", a.cfg.Name, "peer", r.Peer, "was", before[i].Endpoint, "is", r.Endpoint)
+			}
 			if waited, ok := a.waits.End(r.Peer, time.Now()); ok && a.cfg.Written != nil {
 				a.cfg.Written(waited)
 			}

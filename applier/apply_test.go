@@ -433,8 +433,8 @@ func TestUnconfirmed(t *testing.T) {
 		wantState(t, a, key(1), StateYes)
 		calls, _ := d.counts()
 		time.Sleep(2 * confirmWithin)
-		if after, _ := d.counts(); after != calls {
-			t.Errorf("%d writes after a completed handshake", after-calls)
+		if after, _ := d.counts(); after != calls || a.Status().Undone != 0 {
+			t.Errorf("%d writes after a completed handshake, %d undone", after-calls, a.Status().Undone)
 		}
 
 		// One that is not: a replay.
@@ -446,6 +446,9 @@ func TestUnconfirmed(t *testing.T) {
 		wantState(t, a, key(1), StateYes)
 		if got := d.endpoints()[key(1)]; got != at(2) {
 			t.Errorf("device has %v, want %v back", got, at(2))
+		}
+		if n := a.Status().Undone; n != 1 {
+			t.Errorf("%d undone, want 1", n)
 		}
 	})
 }

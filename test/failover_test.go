@@ -404,6 +404,46 @@ func TestFailoverAlone(t *testing.T) {
 	}
 }
 
+// TestFailoverAtStart: a daemon that is active as soon as it starts waits with its
+// calls for what it knew when it ended.
+func TestFailoverAtStart(t *testing.T) {
+	l := newLab(t, lab.Config{Clients: 4, OwnSource: true})
+	a, h := l.Gateways[0], l.Gateways[1]
+	_, n := startPair(t, l, "down")
+	n.awaitState("quiet")
+	for _, c := range l.Clients {
+		ping(t, c)
+		awaitEndpoint(t, h, c, c.Endpoint())
+	}
+	n.stop()
+	// As by configuration management: the device has forgotten where the peers are.
+	peers, err := h.Peers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range peers {
+		cfg := wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: p.PublicKey, Remove: true}, {PublicKey: p.PublicKey, AllowedIPs: p.AllowedIPs}}}
+		if err := h.WG().ConfigureDevice(h.Device(), cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.MoveVIP(h); err != nil {
+		t.Fatal(err)
+	}
+	// A fixed role is known before anything else is.
+	cfg, err := os.ReadFile(n.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n = startNode(t, h, filepath.Dir(n.file), strings.Replace(string(cfg), `"auto"`, `"active"`, 1))
+	if p := n.awaitState("open").Promotion; p == nil || p.Answered != len(l.Clients) || p.Unknown != 0 {
+		t.Errorf("promotion %+v", p)
+	}
+}
+
 // TestFailoverKilled: a daemon that is killed at any moment of a promotion or
 // demotion leaves nothing that the next one does not bring to its end.
 func TestFailoverKilled(t *testing.T) {

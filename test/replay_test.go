@@ -5,6 +5,7 @@ package test
 import (
 	be "encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
@@ -97,6 +99,82 @@ func TestReplayAtStandby(t *testing.T) {
 	if s := nodes[1].status(); s.Feed.Sent != 0 {
 		t.Errorf("the standby published %d records of a replay", s.Feed.Sent)
 	}
+}
+
+// TestReplayAtPromotion: a recorded initiation, replayed at the standby and then at
+// the node that has just taken over, which has heard of no peer and believes it, ends
+// with the genuine endpoint on both.
+func TestReplayAtPromotion(t *testing.T) {
+	for _, mode := range []string{"down", "silent"} {
+		t.Run(mode, func(t *testing.T) {
+			l := newLab(t, lab.Config{})
+			a, h, c := l.Gateways[0], l.Gateways[1], l.Clients[0]
+			record := tapInitiation(t, a)
+			na, nh := startPair(t, l, mode)
+			na.awaitState("open")
+			nh.awaitState("quiet")
+			ping(t, c)
+			initiation := record()
+			real := roam(t, c, 1)
+			awaitEndpoint(t, h, c, real)
+			wire := capturePackets(t, h)
+			atH := watch(t, h, "--socket", nh.socket)
+			atH.says("watching through the daemon")
+
+			forged := netip.AddrPortFrom(a.Addr4, 5555)
+			sendFrom(t, a, forged, netip.AddrPortFrom(h.Addr4, lab.ListenPort), initiation)
+			if err := l.MoveVIP(h); err != nil {
+				t.Fatal(err)
+			}
+			await(t, "the peer has answered the new active", func() (bool, string) {
+				p := nh.status().Failover.Promotion
+				return p != nil && p.Answered == 1, fmt.Sprintf("%+v", p)
+			})
+			// From the address that the node took over, which the forger does not have.
+			for _, e := range atH.seen() {
+				if e.New == forged {
+					t.Errorf("the replay at the standby moved the peer: %+v", e)
+				}
+			}
+			for _, p := range wire.take() {
+				if p.from != lab.VIP4 && p.from != lab.VIP6 {
+					t.Errorf("the standby answered from %v", p.from)
+				}
+			}
+			sendFrom(t, a, forged, netip.AddrPortFrom(lab.VIP4, lab.ListenPort), initiation)
+			if e := atH.find(c.Key(), forged, 0); e.Cause != wgroam.CauseInitiation.String() {
+				t.Errorf("the replay came as %+v", e)
+			}
+			// The client says nothing that would take it back.
+			nh.says("took back an endpoint")
+			awaitEndpoint(t, h, c, real)
+			awaitEndpoint(t, a, c, real)
+			for _, n := range []*node{na, nh} {
+				n.awaitTable(c, real)
+			}
+			if n := nh.status().Undone; n != 1 {
+				t.Errorf("%d endpoints undone, want 1", n)
+			}
+			ping(t, c)
+		})
+	}
+}
+
+// awaitTable waits until a node's table has a client there, and the device does.
+func (n *node) awaitTable(c *lab.Client, ep netip.AddrPort) {
+	n.t.Helper()
+	await(n.t, fmt.Sprintf("%s knows %v", n.gw.Name, ep), func() (bool, string) {
+		var peers control.Peers
+		if err := control.Get(n.t.Context(), n.socket, control.VerbPeers, &peers); err != nil {
+			n.t.Fatal(err)
+		}
+		for _, p := range peers.Peers {
+			if p.Peer == c.Key() && p.Endpoint == ep && p.Held == ep && p.Applied == control.AppliedYes {
+				return true, ""
+			}
+		}
+		return false, fmt.Sprintf("%+v", peers)
+	})
 }
 
 // tapInitiation records the first handshake initiation that reaches a gateway.

@@ -140,3 +140,11 @@ func TestHandOver(t *testing.T) {
 		})
 	}
 }
+
+// TestSettled: before there is a session, what the snapshot knows is not in the
+// device yet.
+func TestSettled(t *testing.T) {
+	if new(device).settled() {
+		t.Error("settled without a session")
+	}
+}

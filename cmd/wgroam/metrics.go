@@ -55,6 +55,7 @@ var metrics = []metric{
 	counter("resyncs_total", "Dumps of the device that were asked for, because events or peers were missing.", func(d control.DeviceStatus) uint64 { return d.Resyncs }),
 	counter("sweep_repairs_total", "Changes that only the slow sweep found.", func(d control.DeviceStatus) uint64 { return d.SweepRepairs }),
 	counter("applied_total", "Endpoints written to the device.", func(d control.DeviceStatus) uint64 { return d.Applied }),
+	counter("undone_total", "Endpoints taken back because no session confirmed them.", func(d control.DeviceStatus) uint64 { return d.Undone }),
 	counter("apply_errors_total", "Endpoints that could not be written.", func(d control.DeviceStatus) uint64 { return d.ApplyErrors }),
 	counter("records_sent_total", "Records published.", func(d control.DeviceStatus) uint64 { return d.Feed.Sent }),
 	counter("records_received_total", "Records of other nodes received.", func(d control.DeviceStatus) uint64 { return d.Feed.Received }),

@@ -101,10 +101,7 @@ func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *fa
 	return failover.NewKeeper(failover.KeeperConfig{
 		Device: client, Name: link.Name, Ifindex: link.Ifindex, Space: space,
 		Desk: d.desk, Memory: d.mem, Silent: d.cfg.Standby == config.StandbySilent, VIP: d.cfg.VIP,
-		Settled: func() bool {
-			s := d.live()
-			return s == nil || !slices.ContainsFunc(s.table.Records(), func(r wgroam.Record) bool { return s.applier.State(r.Peer) == applier.StateNo })
-		},
+		Settled: d.settled,
 		Seen: func(k wgroam.Key) time.Time {
 			if s := d.live(); s != nil {
 				if r, ok := s.table.Get(k); ok {
@@ -128,6 +125,13 @@ func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *fa
 		},
 		Log: d.log,
 	})
+}
+
+// settled reports whether the device holds every endpoint that is known. What the
+// snapshot knows comes with the session.
+func (d *device) settled() bool {
+	s := d.live()
+	return s != nil && !slices.ContainsFunc(s.table.Records(), func(r wgroam.Record) bool { return s.applier.State(r.Peer) == applier.StateNo })
 }
 
 // feedRole is the role as the others hear of it.

@@ -101,7 +101,7 @@ func (d *device) status() control.DeviceStatus {
 		errs = append(errs, f.Err.Error())
 	}
 	a := s.applier.Status()
-	out.Applied, out.ApplyErrors = a.Applied, a.Errors
+	out.Applied, out.ApplyErrors, out.Undone = a.Applied, a.Errors, a.Undone
 	if a.LastError != nil {
 		errs = append(errs, a.LastError.Error())
 	}
@@ -257,7 +257,7 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 	fmt.Fprintf(w, "detector\t%s\n", withReason(d.Detector.Rung, d.Detector.Reason))
 	fmt.Fprintf(w, "changes\t%d seen, %d held back, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Limited, d.Lost, d.Resyncs, d.SweepRepairs)
 	fmt.Fprintf(w, "peers\t%d in the device, %d records, %d of them waiting for their peer\n", d.Peers, d.Records, d.Waiting)
-	fmt.Fprintf(w, "applied\t%d endpoints, %d errors\n", d.Applied, d.ApplyErrors)
+	fmt.Fprintf(w, "applied\t%d endpoints, %d errors, %d unconfirmed ones taken back\n", d.Applied, d.ApplyErrors, d.Undone)
 	if !d.Snapshot.Written.IsZero() {
 		fmt.Fprintf(w, "snapshot\t%d records, %s ago, %s\n", d.Snapshot.Records, time.Since(d.Snapshot.Written).Round(time.Second), d.Snapshot.Path)
 	}

@@ -58,7 +58,7 @@ func testStatus() Status {
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",
 				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"},
-				Events:   1, Lost: 2, Limited: 10, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9,
+				Events:   1, Lost: 2, Limited: 10, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9, Undone: 11,
 				LastError: "none & nothing",
 				Snapshot: Snapshot{
 					Path: "/var/lib/wgroam/5f1d.snapshot", Written: time.Date(2026, 11, 23, 7, 0, 3, 0, zone), Records: 6, Error: "no space left",

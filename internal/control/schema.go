@@ -78,6 +78,7 @@ type DeviceStatus struct {
 	Waiting     int    `json:"waiting"`      // records of peers that the device does not have
 	Applied     uint64 `json:"applied"`      // endpoints written to the device
 	ApplyErrors uint64 `json:"apply_errors"` // endpoints that could not be written, retries included
+	Undone      uint64 `json:"undone"`       // endpoints of a handshake that was only begun, perhaps a replay, that were taken back
 	LastError   string `json:"last_error"`   // the newest error of any part; empty when none
 
 	Snapshot Snapshot   `json:"snapshot"`
