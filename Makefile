@@ -77,8 +77,11 @@ vm-tests-arm64:
 	CGO_ENABLED=0 GOARCH=arm64 go build -trimpath -o .cache/vm/tests-arm64/ ./cmd/wgroam
 	CGO_ENABLED=0 GOARCH=arm64 go test -c -tags vm -o .cache/vm/tests-arm64/ $(VM_PACKAGES)
 
-# Here, where most benchmarks find no WireGuard in the kernel and skip themselves, and then on Debian's kernels.
+# Here, where most benchmarks find no WireGuard in the kernel and skip themselves, and then on Debian's kernels, in a
+# machine whose clock counts instructions.
 bench: VM_PACKAGES = ./bpf ./test
+bench: VM_FLAGS    = -c
+bench: MINUTES     = 40
 bench: SHELL       = bash
 bench: .SHELLFLAGS = -o pipefail -c
 bench: build ## Run the benchmarks here and on Debian's kernels in QEMU: KERNEL=6.12 RUN=Latency
@@ -104,7 +107,7 @@ soak: vm-tests ## Let devices, peers and daemons live at random, here and in QEM
 # the wgroam $(4).
 in-guest = status=0; for package in $(VM_PACKAGES); do \
 		name=$$(basename $$package).test; echo "== $(2) $$package"; \
-		test/vm/run -t $(shell expr $(MINUTES) \* 60 + 60) -f $(4) -f .cache/vm/$(1)/$$name \
+		test/vm/run $(VM_FLAGS) -t $(shell expr $(MINUTES) \* 60 + 60) -f $(4) -f .cache/vm/$(1)/$$name \
 			$$([ ! -d $$package/testdata ] || echo -f $$package/testdata:/root/testdata) \
 			$(2) $$name -test.timeout $(MINUTES)m $(3) || status=1; \
 	done; exit $$status

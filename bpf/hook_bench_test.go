@@ -181,32 +181,20 @@ func BenchmarkHook(b *testing.B) {
 		b.Logf("%s: %s; datagrams of %d bytes, %d rounds of %d.\n%s\n%s",
 			kernel(), pushMethod, small, rounds, packets, roundsMethod, packetTable(single, ns))
 	})
-	b.Run(fmt.Sprintf("packets/%dx", copies), func(b *testing.B) {
-		const rounds, packets = 20, 1_000
-		ns := compare(b, dev, many, rounds, func() float64 { return push(b, s, packets, small) })
-		one := func(i int) float64 { return quantile(differences(ns[i], ns[0]), 0.5) / copies }
-		b.ReportMetric(one(2), "ns-added/hook")
-		b.ReportMetric(one(1), "ns-added/empty")
-		b.Logf("%s\nThe same with %d programs on one function, so that what they add can be told from noise; %d rounds of %d packets.\n%s"+
-			"A %d-th of what is added: %.0f ns for an empty program, %.0f ns for the hook, which is %.2f %% of a packet's %.0f ns.",
-			kernel(), copies, rounds, packets, packetTable(many, ns), copies, one(1), one(2),
-			100*one(2)/quantile(ns[0], 0.5), quantile(ns[0], 0.5))
-	})
-	b.Run("throughput", func(b *testing.B) {
-		const rounds, packets, size = 24, 1_000, 1_392 // fills the tunnel's MTU of 1420
-		ns := compare(b, dev, []variant{nothing, followed}, rounds, func() float64 { return push(b, s, packets, size) })
-		mb := func(i int) float64 { return size / quantile(ns[i], 0.5) * 1e3 }
-		r := ratios(ns[0], ns[1])
-		b.ReportMetric(mb(1), "MB/s")
-		b.ReportMetric(quantile(r, 0.5), "ratio")
-		b.Logf("%s\n%s; datagrams of %d bytes, %d rounds of %d.\n%s\n%s",
-			kernel(), pushMethod, size, rounds, packets, roundsMethod,
-			columns(func(w io.Writer) {
-				fmt.Fprintln(w, "MB/s without\twith\tratio\tits quartiles\t")
-				fmt.Fprintf(w, "%.2f\t%.2f\t%.3f\t%.3f to %.3f\t\n", mb(0), mb(1),
-					quantile(r, 0.5), quantile(r, 0.25), quantile(r, 0.75))
-			}))
-	})
+	for _, size := range []int{small, full} {
+		b.Run(fmt.Sprintf("packets/%dx/%d-bytes", copies, size), func(b *testing.B) {
+			const rounds, packets = 20, 1_000
+			ns := compare(b, dev, many, rounds, func() float64 { return push(b, s, packets, size) })
+			one := func(i int) float64 { return quantile(differences(ns[i], ns[0]), 0.5) / copies }
+			loss := 100 * one(2) / quantile(ns[0], 0.5)
+			b.ReportMetric(one(2), "ns-added/hook")
+			b.ReportMetric(one(1), "ns-added/empty")
+			b.ReportMetric(loss, "%loss/hook")
+			b.Logf("%s: datagrams of %d bytes\nThe same with %d programs on one function, so that what they add can be told from noise; %d rounds of %d packets.\n%s"+
+				"A %d-th of what is added: %.0f ns for an empty program, %.0f ns for the hook, which is %.2f %% of a packet's %.0f ns.",
+				kernel(), size, copies, rounds, packets, packetTable(many, ns), copies, one(1), one(2), loss, quantile(ns[0], 0.5))
+		})
+	}
 	for _, family := range []string{"IPv4", "IPv6"} {
 		b.Run("own-time/"+family, func(b *testing.B) { ownTime(b, s, dev, []variant{empty, followed, emptyKprobe, kprobe}, family) })
 		if _, err := c.RoamFamily(); err != nil {
@@ -368,6 +356,7 @@ func packetTable(variants []variant, ns [][]float64) string {
 
 const (
 	small      = 64
+	full       = 1392 // fills the tunnel's MTU of 1420
 	pushMethod = "UDP, client to gateway through kernel WireGuard, a window of 64 under way"
 )
 

@@ -157,13 +157,6 @@ func BenchmarkJoin(b *testing.B) {
 	}
 	to.holds(b, from)
 	old := from.table.Records()
-	before := heap()
-	table := wgroam.NewTable(keys.DigestKey())
-	for _, r := range old {
-		table.Merge(r)
-	}
-	tableBytes := (heap() - before) / stormPeers
-	runtime.KeepAlive(table)
 	for i, r := range old {
 		kv.put(b, r)
 		if i < stale {
@@ -205,14 +198,13 @@ func BenchmarkJoin(b *testing.B) {
 	wall := func(c cost) time.Duration { return c.wall }
 	b.ReportMetric(quantile(costs(join, wall), 0.5).Seconds(), "s-join")
 	b.ReportMetric(quantile(costs(rejoin, wall), 0.5).Seconds(), "s-rejoin")
-	b.ReportMetric(tableBytes, "B-table/record")
 	b.ReportMetric(quantile(weights, 0.5), "B-live/record")
 	b.Logf("%s\nA node starts with an empty Table beside two that hold %d records: time from the start of its connections (TLS on\n"+
 		"loopback) until its Table is theirs; and one whose Table differs from theirs in %d records; %d rounds, by turns with a\n"+
 		"watcher that starts on a JetStream key-value bucket in memory with as many keys, over loopback without TLS; it gets all\n"+
-		"of them in either case. A record takes %.0f bytes of live heap in the Table, and with its peer %.0f in the new node (Table, View,\n"+
-		"sets of changes), after an answer of %d records a frame.\n%s",
-		kernel(), stormPeers, stale, rounds, tableBytes, quantile(weights, 0.5), feed.MaxRecords, columns(func(w io.Writer) {
+		"of them in either case. A record takes, with its peer, %.0f bytes of live heap in the new node, after an answer of\n"+
+		"%d records a frame.\n%s",
+		kernel(), stormPeers, stale, rounds, quantile(weights, 0.5), feed.MaxRecords, columns(func(w io.Writer) {
 			fmt.Fprintln(w, rowHead)
 			row(w, "late joiner", join)
 			row(w, "rejoin", rejoin)

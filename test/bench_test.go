@@ -12,12 +12,10 @@ import (
 	mathrand "math/rand/v2"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -311,17 +309,7 @@ func startPolling(b *testing.B, a, h *lab.Gateway) []*node {
 	if err := os.WriteFile(nodeA.file, []byte(cfg), 0o600); err != nil {
 		b.Fatal(err)
 	}
-	// A mount namespace in which the kernel's BTF is not to be seen.
-	p := &process{t: b, exited: make(chan struct{})}
-	p.cmd = exec.Command("sh", "-c", `mount -t tmpfs none /sys/kernel/btf && exec "$0" "$@"`, binary(b), "run", "--config", nodeA.file)
-	p.cmd.Stderr = &p.stderr
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Unshareflags: unix.CLONE_NEWNS}
-	if err := a.Start(p.cmd); err != nil {
-		b.Fatal(err)
-	}
-	go func() { p.err = p.cmd.Wait(); close(p.exited) }()
-	b.Cleanup(func() { p.stop() })
-	nodeA.process = p
+	nodeA.process = confined(b, a, confinement{Caps: forPolling}, "run", "--config", nodeA.file)
 	nodeA.says("following endpoint changes by polling")
 	nodeA.awaitNodes(1)
 	nodeH.awaitNodes(1)

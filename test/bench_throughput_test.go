@@ -20,19 +20,19 @@ func BenchmarkThroughput(b *testing.B) {
 		if !lab.KernelWireGuard() {
 			b.Skip("the kernel has no WireGuard, or this is not root")
 		}
-		throughput(b, lab.Config{}, 400)
+		throughput(b, lab.Config{}, 40, 400)
 	})
 	b.Run("wireguard-go", func(b *testing.B) {
 		packets := 40_000
 		if lab.KernelWireGuard() {
 			packets = 400 // the machine is emulated
 		}
-		throughput(b, lab.Config{Userspace: true}, packets)
+		throughput(b, lab.Config{Userspace: true}, 10, packets)
 	})
 }
 
-func throughput(b *testing.B, cfg lab.Config, packets int) {
-	const rounds, turns, size = 10, 5, 1392 // fills the tunnel's MTU of 1420
+func throughput(b *testing.B, cfg lab.Config, rounds, packets int) {
+	const turns, size = 5, 1392 // fills the tunnel's MTU of 1420
 	l := newLab(b, cfg)
 	gw := l.Gateways[0]
 	ping(b, l.Clients[0])
