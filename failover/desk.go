@@ -82,7 +82,7 @@ func (d *Desk) Say(by Source, role Role) error {
 		return fmt.Errorf("%w: the configuration says %s: set role = \"auto\" there", ErrFixed, d.words.Config)
 	}
 	before, _ := d.words.decide()
-	if d.old && (by == ByVIP || by == ByVRRP) {
+	if d.old && role != "" && (by == ByVIP || by == ByVRRP) {
 		// keepalived may have moved the virtual IP while no daemon heard it.
 		d.old, d.words.VRRP = false, ""
 	}

@@ -155,3 +155,26 @@ func TestRoleFixed(t *testing.T) {
 	}
 	n.awaitRole("active", "config")
 }
+
+// TestRoleNamespace: where the virtual IP was in a namespace is nothing when the
+// namespace has lost its name, and looked for anew in the next of that name.
+func TestRoleNamespace(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	a, h := l.Gateways[0], l.Gateways[1]
+	blue := netnsName(t, "role")
+	attach(t, a, blue)
+	dir := t.TempDir()
+	n := startNode(t, a, dir, roleConfig(a, dir, fmt.Sprintf("netns = %q\nrole = \"auto\"\nvip = [%q]", blue, lab.VIP4), ""))
+	role := func(want, by string) {
+		t.Helper()
+		await(t, fmt.Sprintf("the role is %s by %s", want, by), func() (bool, string) {
+			d := n.devices()[a.Device()+"@"+blue]
+			return d.Role == want && d.RoleBy == by, fmt.Sprintf("%s by %s, all %v", d.Role, d.RoleBy, n.devices())
+		})
+	}
+	role("active", "vip")
+	unname(t, blue)
+	role("unknown", "none")
+	attach(t, h, blue)
+	role("standby", "vip")
+}

@@ -151,10 +151,10 @@ func (d *device) feedRole() feed.Role {
 func (d *device) watchVIP(ctx context.Context) error {
 	return inSpace(ctx, d.cfg.Netns, func(err error) {
 		d.log.Warn("cannot see the virtual IP; trying again", "err", err)
-	}, func(ctx context.Context, space *wg.Space) error {
-		return again(ctx, d.log, "cannot see the virtual IP; trying again", func() error {
+	}, func(inside context.Context, space *wg.Space) error {
+		err := again(inside, d.log, "cannot see the virtual IP; trying again", func() error {
 			return space.Do(func() error {
-				return failover.WatchVIP(ctx, d.cfg.VIP, func(here bool) {
+				return failover.WatchVIP(inside, d.cfg.VIP, func(here bool) {
 					role := failover.Standby
 					if here {
 						role = failover.Active
@@ -164,6 +164,11 @@ func (d *device) watchVIP(ctx context.Context) error {
 				})
 			})
 		})
+		if ctx.Err() == nil {
+			// Where an address was in a namespace that is gone says nothing.
+			_ = d.desk.Say(failover.ByVIP, "")
+		}
+		return err
 	})
 }
 
