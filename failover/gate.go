@@ -3,7 +3,9 @@
 package failover
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -81,6 +83,31 @@ func (g *gate) change(add func(*nftables.Conn)) error {
 		}
 		return nil
 	})
+}
+
+// watch calls wake after rules of whatever table have changed, as when another tool
+// loads a ruleset, and once at the start, until ctx ends.
+func (g *gate) watch(ctx context.Context, wake func()) error {
+	monitor := nftables.NewMonitor(nftables.WithMonitorEventBuffer(16))
+	var changes <-chan *nftables.MonitorEvents
+	err := g.space.Do(func() error {
+		conn, err := nftables.New()
+		if err == nil {
+			changes, err = conn.AddGenerationalMonitor(monitor)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = monitor.Close() })
+	defer stop()
+	wake()
+	for c := range changes { // closed after an error as well
+		err = errors.Join(err, c.GeneratedBy.Error)
+		wake()
+	}
+	return err
 }
 
 // remove takes the gate away.

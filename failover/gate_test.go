@@ -3,6 +3,7 @@
 package failover
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -15,6 +16,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/wgroam/wgroam/internal/wg"
 )
 
 // TestGate: shut, nothing passes the port and all else does; open, what leaves the
@@ -169,6 +172,48 @@ func TestGate(t *testing.T) {
 	check(g.remove())
 	says("")
 	want("without a gate", pass(guarded, free, "10.9.9.1", other), "10.9.9.1")
+}
+
+// TestGateWatch: who watches the rules hears of it when another tool flushes them.
+func TestGateWatch(t *testing.T) {
+	inNamespace(t)
+	g := newGate(nil, "wg0")
+	if err := g.shut(51820); err != nil {
+		t.Fatal(err)
+	}
+	woken := make(chan struct{}, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	space, err := wg.OpenSpace("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer space.Close()
+	go func() { ended <- newGate(space, "wg0").watch(ctx, func() { woken <- struct{}{} }) }()
+	hear := func(what string) {
+		t.Helper()
+		select {
+		case <-woken:
+		case err := <-ended:
+			t.Fatalf("%s: the watch has ended: %v", what, err)
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%s: nothing was heard", what)
+		}
+	}
+	hear("at the start")
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.FlushRuleset()
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	hear("after a flush")
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("in the end: %v", err)
+	}
 }
 
 // captureSums captures what goes over a link; the function that it returns checks

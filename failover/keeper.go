@@ -49,6 +49,7 @@ type KeeperConfig struct {
 type Keeper struct {
 	cfg  KeeperConfig
 	gate *gate
+	of   iface
 
 	// Of Step alone.
 	role   Role      // at the last step
@@ -79,7 +80,13 @@ type Status struct {
 // NewKeeper returns a Keeper for one life of a link. Nothing is done before Step or
 // Run.
 func NewKeeper(cfg KeeperConfig) *Keeper {
-	return &Keeper{cfg: cfg, gate: newGate(cfg.Space, cfg.Name), status: Status{State: StateIdle}}
+	k := &Keeper{cfg: cfg, gate: newGate(cfg.Space, cfg.Name), of: iface{Ifindex: cfg.Ifindex}, status: Status{State: StateIdle}}
+	// Where it cannot be had, the interface alone has to do.
+	_ = cfg.Space.Do(func() (err error) {
+		k.of.Netns, err = netnsCookie()
+		return err
+	})
+	return k
 }
 
 // Status returns a copy of the current status.
@@ -90,22 +97,33 @@ func (k *Keeper) Status() Status {
 }
 
 const (
-	// keepEvery is how often link and gate are looked at, at least: nobody tells when
-	// somebody loads another ruleset.
+	// keepEvery is how often link and gate are looked at, at least, whatever the
+	// kernel tells.
 	keepEvery = time.Second
 	// dumpEvery is how often the device is read: nobody tells when somebody sets a
 	// port or a keepalive. The gate holds without that.
 	dumpEvery = 10 * time.Second
-	// watchAgain is how long after a failure links are watched again.
+	// watchAgain is how long after a failure links or rules are watched again.
 	watchAgain = 10 * time.Second
 )
 
 // Run keeps the device until ctx ends, and leaves it as it is then.
 func (k *Keeper) Run(ctx context.Context) {
-	links := make(chan struct{}, 1)
+	news := make(chan struct{}, 1)
+	wake := func() {
+		select {
+		case news <- struct{}{}:
+		default:
+		}
+	}
 	var watch sync.WaitGroup
 	defer watch.Wait()
-	watch.Go(func() { k.watchLinks(ctx, links) })
+	watch.Go(func() {
+		k.watch(ctx, "links", func() error {
+			return k.cfg.Space.Do(func() error { return wg.WatchLinks(ctx, wake) })
+		})
+	})
+	watch.Go(func() { k.watch(ctx, "nftables", func() error { return k.gate.watch(ctx, wake) }) })
 	for {
 		step, cancel := context.WithCancel(ctx)
 		done := make(chan struct{})
@@ -126,28 +144,21 @@ func (k *Keeper) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-k.cfg.Desk.Changed():
-		case <-links:
+		case <-news:
 		case <-time.After(keepEvery):
 		}
 	}
 }
 
-// watchLinks delivers after links may have changed, until ctx ends. Where they cannot
-// be watched, as without a file descriptor to be had, the keeper looks less often.
-func (k *Keeper) watchLinks(ctx context.Context, links chan<- struct{}) {
+// watch runs f, which tells of changes of what, until ctx ends. Where they cannot be
+// watched, as without a file descriptor to be had, the keeper looks less often.
+func (k *Keeper) watch(ctx context.Context, what string, f func() error) {
 	for {
-		err := k.cfg.Space.Do(func() error {
-			return wg.WatchLinks(ctx, func() {
-				select {
-				case links <- struct{}{}:
-				default:
-				}
-			})
-		})
+		err := f()
 		if ctx.Err() != nil {
 			return
 		}
-		k.cfg.Log.Warn("cannot watch links; trying again", "in", watchAgain, "err", err)
+		k.cfg.Log.Warn("cannot watch "+what+"; trying again", "in", watchAgain, "err", err)
 		select {
 		case <-ctx.Done():
 			return
@@ -264,10 +275,10 @@ func (k *Keeper) shut() error {
 // take takes from the device what must not act on a standby, and remembers it
 // first.
 func (k *Keeper) take(dev wg.Device, up bool) error {
-	before := k.cfg.Memory.taken(k.cfg.Ifindex)
+	before := k.cfg.Memory.taken(k.of)
 	t := before
 	if t == nil || !t.Promoted.IsZero() {
-		t = &taken{Ifindex: k.cfg.Ifindex}
+		t = &taken{iface: k.of}
 		if before != nil { // a promotion that did not end
 			t.Keepalives, t.settings = before.Keepalives, before.settings
 		}
@@ -376,7 +387,7 @@ func (k *Keeper) keepalives(all []wg.Keepalive) error {
 // open makes the device one that is used, with vips for the source of what it
 // sends.
 func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
-	t := k.cfg.Memory.taken(k.cfg.Ifindex)
+	t := k.cfg.Memory.taken(k.of)
 	if t != nil && !t.Called {
 		k.settle(ctx)
 		if t.Promoted.IsZero() {

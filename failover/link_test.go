@@ -94,7 +94,7 @@ func TestSettings(t *testing.T) {
 		t.Errorf("%d routes are kept, want 7", len(before.Routes))
 	}
 	// As the memory keeps it.
-	data, err := json.Marshal(taken{Ifindex: one, settings: before})
+	data, err := json.Marshal(taken{iface: iface{Ifindex: one}, settings: before})
 	must(err)
 	var kept taken
 	must(json.Unmarshal(data, &kept))

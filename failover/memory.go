@@ -43,9 +43,23 @@ type memory struct {
 	Taken *taken `json:"taken,omitempty"`
 }
 
+// iface is one life of an interface.
+type iface struct {
+	Ifindex int `json:"ifindex"`
+	// Netns is the cookie of its network namespace, which no other namespace has before
+	// the host restarts, where an inode's number is used again; 0 where the kernel gives
+	// none (before Linux 5.14).
+	Netns uint64 `json:"netns,omitempty"`
+}
+
+// is reports whether two may be the same.
+func (i iface) is(o iface) bool {
+	return i.Ifindex == o.Ifindex && (i.Netns == o.Netns || i.Netns == 0 || o.Netns == 0)
+}
+
 // taken is what a device is to get back.
 type taken struct {
-	Ifindex    int                          `json:"ifindex"`
+	iface
 	Keepalives map[wgroam.Key]time.Duration `json:"keepalives,omitempty"` // those that were on
 	settings
 	// Reset: the sessions are gone since it became a standby.
@@ -107,10 +121,10 @@ func (m *Memory) keepWords(verb, vrrp Role) error {
 
 // taken returns what was taken from an interface; nil if nothing was, or it was
 // another interface, which is gone with all that it had.
-func (m *Memory) taken(ifindex int) *taken {
+func (m *Memory) taken(of iface) *taken {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.data.Taken == nil || m.data.Taken.Ifindex != ifindex {
+	if m.data.Taken == nil || !m.data.Taken.is(of) {
 		return nil
 	}
 	t := *m.data.Taken

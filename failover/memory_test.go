@@ -65,7 +65,7 @@ func TestMemoryCopies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	taken := &taken{Ifindex: 1, Keepalives: map[wgroam.Key]time.Duration{}}
+	taken := &taken{iface: iface{Ifindex: 1}, Keepalives: map[wgroam.Key]time.Duration{}}
 	if err := m.keepTaken(taken); err != nil {
 		t.Fatal(err)
 	}
@@ -77,8 +77,69 @@ func TestMemoryCopies(t *testing.T) {
 	})
 	taken.Keepalives[peerKey(1)], taken.Called = time.Second, true
 	w.Wait()
-	if now := m.taken(1); now.Called || len(now.Keepalives) > 0 {
+	if now := m.taken(iface{Ifindex: 1}); now.Called || len(now.Keepalives) > 0 {
 		t.Errorf("kept: %+v", now)
+	}
+}
+
+// TestMemoryOf: what was taken from an interface is not given to another that has its
+// index, or its place in another namespace; a file that does not say the namespace is
+// believed.
+func TestMemoryOf(t *testing.T) {
+	m, err := OpenMemory(t.TempDir(), "wg0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		kept, of iface
+		same     bool
+	}{
+		{iface{7, 70}, iface{7, 70}, true},
+		{iface{7, 70}, iface{8, 70}, false},
+		{iface{7, 70}, iface{7, 71}, false},
+		{iface{7, 0}, iface{7, 70}, true},
+		{iface{7, 70}, iface{7, 0}, true},
+		{iface{7, 0}, iface{8, 0}, false},
+	} {
+		if err := m.keepTaken(&taken{iface: tt.kept}); err != nil {
+			t.Fatal(err)
+		}
+		if got := m.taken(tt.of); (got != nil) != tt.same {
+			t.Errorf("of %+v, what was taken from %+v: %+v", tt.of, tt.kept, got)
+		}
+	}
+}
+
+// TestOtherNamespace: a standby's link that was deleted with its namespace, and made
+// again in another with the same index, does not get what the first one had.
+func TestOtherNamespace(t *testing.T) {
+	inNamespace(t)
+	d := upLink(t)
+	dir := t.TempDir()
+	k, desk := testKeeper(t, dir, "down", d)
+	k.cfg.Device = &crash{d, 1000}
+	desk.mustSay(t, ByVerb, Standby)
+	k.Step(t.Context())
+	if err := k.Status().Err; err != nil || isUp(t) {
+		t.Fatalf("not quiet: error %v", err)
+	}
+	before := k.of
+
+	inNamespace(t)
+	d = upLink(t)
+	d.peers[peerKey(0)].Keepalive = 0 // and not a minute
+	k, desk = testKeeper(t, dir, "down", d)
+	k.cfg.Device = &crash{d, 1000}
+	if k.of.Ifindex != before.Ifindex {
+		t.Fatalf("the links are %+v and %+v: the test wants them to have the same index", before, k.of)
+	}
+	if k.of == before {
+		t.Skip("the kernel gives namespaces no cookie")
+	}
+	desk.mustSay(t, ByVerb, Active)
+	k.Step(t.Context())
+	if i := d.peers[peerKey(0)].Keepalive; i != 0 || k.Status().Err != nil {
+		t.Errorf("the keepalive is %v, error %v", i, k.Status().Err)
 	}
 }
 
