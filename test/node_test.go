@@ -103,7 +103,7 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// process is a wgroam in a gateway's namespace.
+// process is a wgroam, or another program, in a gateway's namespace.
 type process struct {
 	t      testing.TB
 	cmd    *exec.Cmd
@@ -115,11 +115,18 @@ type process struct {
 
 func start(t testing.TB, gw *lab.Gateway, stdout *os.File, args ...string) *process {
 	t.Helper()
-	p := &process{t: t, cmd: exec.Command(binary(t), args...), exited: make(chan struct{})}
-	p.cmd.Stderr = &p.stderr
+	cmd := exec.Command(binary(t), args...)
 	if stdout != nil {
-		p.cmd.Stdout = stdout
+		cmd.Stdout = stdout
 	}
+	return startCommand(t, gw, cmd)
+}
+
+// startCommand starts any program, which has to end on SIGTERM.
+func startCommand(t testing.TB, gw *lab.Gateway, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{t: t, cmd: cmd, exited: make(chan struct{})}
+	p.cmd.Stderr = &p.stderr
 	if err := gw.Start(p.cmd); err != nil {
 		t.Fatal(err)
 	}
@@ -130,7 +137,7 @@ func start(t testing.TB, gw *lab.Gateway, stdout *os.File, args ...string) *proc
 	t.Cleanup(func() {
 		p.stop()
 		if t.Failed() {
-			t.Logf("%s on %s:\n%s", strings.Join(args, " "), gw.Name, &p.stderr)
+			t.Logf("%s on %s:\n%s", strings.Join(cmd.Args, " "), gw.Name, &p.stderr)
 		}
 	})
 	return p
