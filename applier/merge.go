@@ -23,6 +23,9 @@ const (
 	// else is asked meanwhile.
 	proveEvery = time.Second
 	proveMost  = 8 * time.Second
+	// stalled is for how long a node that is asked may say nothing before the next one is
+	// asked beside it. All at once would tell a node that joins the same things.
+	stalled = 50 * time.Millisecond
 	// churnSync is how often tables that never stand still are compared. Gaps
 	// are noticed at once in any case.
 	churnSync = 5 * time.Second
@@ -388,6 +391,8 @@ func (m *Merger) refuse(why string) {
 
 // Run asks other nodes for what is missing, until ctx ends.
 func (m *Merger) Run(ctx context.Context) {
+	var asking sync.WaitGroup
+	defer asking.Wait()
 	tick := time.NewTicker(calmCheck)
 	defer tick.Stop()
 	for {
@@ -401,9 +406,26 @@ func (m *Merger) Run(ctx context.Context) {
 		case <-m.kick:
 		}
 		// One at a time, or nodes that do not answer keep this from all else.
-		if id := m.next(); id != 0 {
-			m.sync(ctx, id)
-			m.again()
+		id := m.next()
+		if id == 0 {
+			continue
+		}
+		m.again()
+		heard, done := make(chan struct{}, 1), make(chan struct{})
+		asking.Go(func() {
+			defer close(done)
+			m.sync(ctx, id, heard)
+			m.again() // it may have been wished for meanwhile
+		})
+		for silent := time.After(stalled); silent != nil; {
+			select {
+			case <-heard:
+				silent = time.After(stalled)
+			case <-done:
+				silent = nil
+			case <-silent:
+				silent = nil
+			}
 		}
 	}
 }
@@ -414,7 +436,7 @@ func (m *Merger) next() wgroam.NodeID {
 	defer m.mu.Unlock()
 	var first wgroam.NodeID
 	for id, n := range m.nodes {
-		if n.want != 0 && (first == 0 || n.want < m.nodes[first].want) {
+		if n.want != 0 && !n.asking && (first == 0 || n.want < m.nodes[first].want) {
 			first = id
 		}
 	}
@@ -425,7 +447,8 @@ func (m *Merger) next() wgroam.NodeID {
 	return first
 }
 
-func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
+// sync asks a node, and signals in heard when it has said something.
+func (m *Merger) sync(ctx context.Context, id wgroam.NodeID, heard chan<- struct{}) {
 	have := m.cfg.Table.Digests()
 	var (
 		got     int
@@ -437,6 +460,10 @@ func (m *Merger) sync(ctx context.Context, id wgroam.NodeID) {
 		if e != nil {
 			err = e
 			break
+		}
+		select {
+		case heard <- struct{}{}:
+		default:
 		}
 		for _, r := range u.Records {
 			aged = aged || r.Version.HLC < m.cfg.Table.Horizon()

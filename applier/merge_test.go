@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -75,7 +76,13 @@ func (m *Merger) sum() uint64 {
 }
 
 // asks reports whether the merger wants to ask the other node.
-func asks(m *Merger) bool { return m.next() == other }
+func asks(m *Merger) bool {
+	if m.next() != other {
+		return false
+	}
+	m.nodes[other].asking = false
+	return true
+}
 
 // known has a merger that has heard of the other node and has no reason to ask.
 func known(t *testing.T, ask askFunc) *Merger {
@@ -268,7 +275,7 @@ func TestRecording(t *testing.T) {
 				m.Beat(recorded)
 				for asks(m) {
 					asked++
-					m.sync(t.Context(), other)
+					m.sync(t.Context(), other, nil)
 				}
 				time.Sleep(250 * time.Millisecond)
 			}
@@ -361,7 +368,7 @@ func TestFutile(t *testing.T) {
 		for range 5 {
 			m.Beat(beat(1, 0, digest))
 			for asks(m) {
-				m.sync(t.Context(), other)
+				m.sync(t.Context(), other, nil)
 			}
 		}
 	}
@@ -393,7 +400,7 @@ func TestRefusedForNow(t *testing.T) {
 			time.Sleep(time.Second)
 			m.Beat(beat(1, 0, 42))
 			if asks(m) {
-				m.sync(t.Context(), other)
+				m.sync(t.Context(), other, nil)
 			}
 			if m.cfg.Table.Len() > 0 {
 				break
@@ -424,7 +431,7 @@ func TestNewsDuringAnswer(t *testing.T) {
 	for _, digest := range []uint64{42, 42, 43, 43, 43} {
 		m.Beat(beat(1, 0, digest))
 		for asks(m) {
-			m.sync(t.Context(), other)
+			m.sync(t.Context(), other, nil)
 		}
 	}
 	if _, ok := m.cfg.Table.Get(news.Peer); !ok {
@@ -539,6 +546,40 @@ func TestManyRecordings(t *testing.T) {
 				t.Errorf("asked %v %d times", id, n)
 			}
 		}
+	})
+}
+
+// TestSilentNodes: nodes that say nothing when they are asked do not keep one that
+// answers waiting.
+func TestSilentNodes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const silent = 8
+		began := time.Now()
+		var took time.Duration
+		m := newMerger(func(_ context.Context, id wgroam.NodeID, _ *wgroam.Digests) ([]wgroam.Record, error) {
+			if id == other {
+				took = time.Since(began)
+				return []wgroam.Record{seen(1)}, nil
+			}
+			time.Sleep(time.Hour)
+			return nil, errors.New("no answer")
+		})
+		for n := range silent {
+			b := beat(1, 0, 42)
+			b.Node = wgroam.NodeID(10 + n)
+			m.Beat(b)
+		}
+		m.Beat(beat(1, 0, 42))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { m.Run(ctx); close(done) }()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if took == 0 || took > silent*stalled {
+			t.Errorf("asked after %v (zero: never), want %v at most", took, silent*stalled)
+		}
+		cancel()
+		<-done
 	})
 }
 
@@ -769,7 +810,7 @@ func TestMergersConverge(t *testing.T) {
 		}
 		ask := func(e *end) {
 			for id := e.next(); id != 0; id = e.next() {
-				e.sync(t.Context(), id)
+				e.sync(t.Context(), id, nil)
 			}
 		}
 		rt.Repeat(map[string]func(*rapid.T){
@@ -832,10 +873,86 @@ func TestMergersConverge(t *testing.T) {
 	})
 }
 
+// TestForeignView: two nodes, of which one has no room for all that the other keeps,
+// because its device has other peers, do not ask each other for ever. What is new still
+// arrives.
+func TestForeignView(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const more, seconds = 100, 30
+		var (
+			ends  [2]*Merger
+			asked [2]atomic.Int64
+			came  [2]atomic.Int64
+		)
+		for i := range ends {
+			ends[i] = NewMerger(MergerConfig{
+				Self: wgroam.NodeID(1 + i), Table: wgroam.NewTable([32]byte{}), Clock: wgroam.NewClock(10 * time.Second),
+				View: wgroam.NewView(), Log: quiet(),
+				Feed: askFunc(func(_ context.Context, _ wgroam.NodeID, have *wgroam.Digests) ([]wgroam.Record, error) {
+					asked[i].Add(1)
+					records := ends[1-i].cfg.Table.Differing(have)
+					came[i].Add(int64(len(records)))
+					return records, nil
+				}),
+			})
+		}
+		peer := func(n int) wgroam.Record {
+			r := seen(1)
+			r.Peer = wgroam.Key{byte(n >> 8), byte(n), 1}
+			r.Version.Node = 1
+			return r
+		}
+		for n := range spareRecords + more {
+			ends[0].cfg.Table.Merge(peer(n))
+			ends[0].cfg.View.Set(peer(n).Peer, wgroam.Holding{})
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		for _, m := range ends {
+			running.Go(func() { m.Run(ctx) })
+		}
+		var seq uint64
+		var roamed wgroam.Record
+		for beat := range 4 * seconds {
+			if beat == 2*seconds {
+				// A peer that both know roams, and the other node does not hear of it.
+				roamed = ends[1].cfg.Table.Records()[0]
+				roamed.Endpoint, roamed.Version.HLC = at(77), wgroam.HLCAt(time.Now())
+				ends[0].cfg.Table.Merge(roamed)
+				seq++
+			}
+			for i, m := range ends {
+				d := m.cfg.Table.Digests()
+				b := feed.Beat{Header: feed.Header{Node: wgroam.NodeID(1 + i), Boot: 1}, Name: "gw", Time: time.Now(), Digest: d.Sum()}
+				if i == 0 {
+					b.Seq = seq
+				}
+				ends[1-i].Beat(b)
+			}
+			time.Sleep(250 * time.Millisecond)
+		}
+		cancel()
+		running.Wait()
+		if r, _ := ends[1].cfg.Table.Get(roamed.Peer); r != roamed {
+			t.Errorf("the roam has not arrived: %+v, want %+v", r, roamed)
+		}
+		if n := ends[1].cfg.Table.Len(); n != spareRecords {
+			t.Errorf("%d records of peers that the device does not have, want %d", n, spareRecords)
+		}
+		for i := range ends {
+			n := asked[i].Load()
+			t.Logf("node %d asked %d times in %d s, and got %d records", 1+i, n, seconds, came[i].Load())
+			if limit := int64(4 + seconds/int(futileFor/time.Second)); n > limit {
+				t.Errorf("node %d asked %d times, want %d at most", 1+i, n, limit)
+			}
+		}
+	})
+}
+
 // syncOnce asks once if there is reason to.
 func (e *end) syncOnce(t *testing.T) {
 	if id := e.next(); id != 0 {
-		e.sync(t.Context(), id)
+		e.sync(t.Context(), id, nil)
 	}
 }
 
@@ -895,7 +1012,7 @@ func TestOtherAge(t *testing.T) {
 				time.Sleep(feed.DefaultInterval)
 				m.Beat(beat(1, 0, digest))
 				if asks(m) {
-					m.sync(t.Context(), other)
+					m.sync(t.Context(), other, nil)
 				}
 			}
 		}
@@ -921,7 +1038,7 @@ func TestFailedLines(t *testing.T) {
 		for range 3 * failedLines / feed.DefaultInterval {
 			m.Beat(beat(2, 0, 42))
 			if asks(m) {
-				m.sync(t.Context(), other)
+				m.sync(t.Context(), other, nil)
 			}
 			time.Sleep(feed.DefaultInterval)
 		}
@@ -977,7 +1094,7 @@ func TestAged(t *testing.T) {
 					to := ends[1-i]
 					to.Beat(feed.Beat{Header: feed.Header{Node: from.cfg.Self, Boot: 1}, Time: time.Now(), Digest: from.sum()})
 					for id := to.next(); id != 0; id = to.next() {
-						to.sync(t.Context(), id)
+						to.sync(t.Context(), id, nil)
 					}
 				}
 			}
