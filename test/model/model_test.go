@@ -39,6 +39,9 @@ const (
 	soon = time.Second
 	// settle is how long equal tables may be asked for, by beats from before.
 	settle = 600 * time.Millisecond
+	// noticed is how long equal tables may take after an update has shown that the one
+	// before it is missing: a question and its answer, and no beat in between.
+	noticed = 50 * time.Millisecond
 	// quiet is for how long nothing but beats may follow.
 	quiet = time.Second
 )
@@ -609,6 +612,16 @@ func (g *group) run(steps []step, skews []time.Duration) (took time.Duration) {
 	g.change(func() { after = g.sent })
 	if n := after[update] - before[update]; n > peers*(len(g.nodes)-1) {
 		g.fails("%d updates about %d observations", n, peers)
+	}
+
+	// What is lost is missed as soon as something else arrives.
+	for peer, lost := range []bool{true, false} {
+		g.change(func() { g.lossUpdates = lost })
+		g.observe(g.nodes[0], peer, lastPort+1, true, 0)
+		time.Sleep(2 * time.Millisecond)
+	}
+	if took := g.converges(g.truth()); took > noticed && len(g.errs) == 0 {
+		g.fails("a lost update came %v after the next one", took)
 	}
 
 	time.Sleep(settle)

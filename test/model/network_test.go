@@ -41,6 +41,7 @@ type network struct {
 	// epoch counts the times that all that was under way has been lost.
 	epoch                int
 	lossPercent, doubles int // percent
+	lossUpdates          bool
 	delay                time.Duration
 	cut                  [][]bool // from, to
 	deaf                 []int    // so many messages of the next ones do not fit into the node's queue
@@ -99,7 +100,8 @@ func (w *network) send(m message) {
 			}
 			w.replied[m.from][m.to] = at
 		}
-		if fate.IntN(100) >= w.lossPercent {
+		lost := fate.IntN(100) < w.lossPercent || w.lossUpdates && m.kind == update
+		if !lost {
 			w.arrives(m, after)
 		}
 	}
