@@ -24,7 +24,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam"
-	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/feed"
 	"github.com/wgroam/wgroam/internal/lab"
 )
@@ -157,15 +156,11 @@ func (w *world) roams(d time.Duration, clients ...*lab.Client) (n int) {
 // that is older.
 func (w *world) missing(until time.Time) (count int, where string) {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.t.Context(), patience)
-	defer cancel()
 	for _, n := range w.nodes {
-		var answer control.Peers
-		w.must(control.Get(ctx, n.socket, control.VerbPeers, &answer))
 		device, err := n.gw.Endpoints()
 		w.must(err)
 		table := make(map[wgroam.Key]netip.AddrPort)
-		for _, p := range answer.Peers {
+		for _, p := range n.peers() {
 			table[p.Peer] = p.Endpoint
 		}
 		for peer, places := range w.places {

@@ -6,15 +6,24 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/control"
+	"github.com/wgroam/wgroam/internal/feed"
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
@@ -161,4 +170,98 @@ func TestReadOnlyState(t *testing.T) {
 		}
 	}
 	awaitEndpoint(t, a, c, c.Endpoint())
+}
+
+// TestAgeing: what is older than the newest record by more than max_age is forgotten by all
+// nodes, and comes back neither from a snapshot nor from the bus. A client that goes on is not.
+func TestAgeing(t *testing.T) {
+	if lab.InVM() {
+		t.Skip("nothing here depends on the kernel, and this one is emulated")
+	}
+	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "bus"}})
+	ns, nc := runServer(t, l.Gateways[2])
+	t.Cleanup(func() { nc.Close(); ns.Shutdown(); ns.WaitForShutdown() })
+	var nodes []*node
+	for _, gw := range l.Gateways[:2] {
+		dir := t.TempDir()
+		// So that a record of soon makes others old now.
+		cfg := onBus(gw, dir, "nats://"+ns.Addr().String()) + "[feed]\nmax_age = \"1h\"\nmax_skew = \"25m\"\n"
+		nodes = append(nodes, startNode(t, gw, dir, cfg))
+	}
+	for _, n := range nodes {
+		n.awaitNodes(1)
+	}
+	c := l.Clients[0]
+	ping(t, c)
+
+	dev, err := l.Gateways[0].WG().Device(l.Gateways[0].Device())
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := feed.Derive(dev.PrivateKey, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	link, err := feed.New(feed.Config{Name: "gw-z", Keys: keys, Server: ns, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	link.Start()
+	t.Cleanup(link.Close)
+	says := func(peer byte, ago time.Duration) {
+		t.Helper()
+		r := wgroam.Record{
+			Peer: wgroam.Key{peer}, Endpoint: netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, peer}), 1), Cause: wgroam.CauseData,
+			Version: wgroam.Version{HLC: wgroam.HLCAt(time.Now().Add(-ago)), Node: link.Self()},
+		}
+		await(t, "published", func() (bool, string) {
+			err := link.Publish([]wgroam.Record{r})
+			return err == nil, fmt.Sprint(err)
+		})
+	}
+	has := func(n *node, want int) {
+		t.Helper()
+		await(t, fmt.Sprintf("%s has %d records", n.gw.Name, want), func() (bool, string) {
+			got := n.status().Records
+			return got == want, fmt.Sprint(got)
+		})
+	}
+	const old, kept, soon = 1, 2, 3
+	says(old, 50*time.Minute)
+	says(kept, 30*time.Minute)
+	for _, n := range nodes {
+		has(n, 3)
+	}
+	nodes[1].stop() // with all of them in its snapshot
+	says(soon, -20*time.Minute)
+	await(t, "the newest in the table", func() (bool, string) {
+		return slices.ContainsFunc(nodes[0].peers(), func(p control.Peer) bool { return p.Peer == wgroam.Key{soon} }), "not yet"
+	})
+	has(nodes[0], 3)
+	cfg, err := os.ReadFile(nodes[1].file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nodes[1] = startNode(t, nodes[1].gw, filepath.Dir(nodes[1].file), string(cfg))
+	for _, n := range nodes {
+		n.awaitNodes(1)
+	}
+	refused := nodes[0].status().Feed.Refused["aged"]
+	says(old, 50*time.Minute)
+	await(t, "the old record refused", func() (bool, string) {
+		got := nodes[0].status().Feed.Refused["aged"]
+		return got > refused, fmt.Sprint(got)
+	})
+	for _, n := range nodes {
+		n.awaitNodes(1)
+		got := make(map[wgroam.Key]bool)
+		for _, p := range n.peers() {
+			got[p.Peer] = p.Endpoint.IsValid()
+		}
+		want := map[wgroam.Key]bool{{kept}: true, {soon}: true, c.Key(): true}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: peers (-want +got)\n%s", n.gw.Name, diff)
+		}
+	}
+	awaitEndpoint(t, l.Gateways[1], c, roam(t, c, 0))
 }
