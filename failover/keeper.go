@@ -312,9 +312,9 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 		}); err != nil {
 			return fmt.Errorf("read addresses and routes: %w", err)
 		}
-		n := len(t.Addrs) + len(t.Routes)
+		n := t.count()
 		t.add(now)
-		grown = grown || len(t.Addrs)+len(t.Routes) != n
+		grown = grown || t.count() != n
 	}
 	keep := k.cfg.Memory.flush
 	if grown {
@@ -329,7 +329,7 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 		}
 		up = false
 		if before == nil || !before.Promoted.IsZero() {
-			k.cfg.Log.Info("standby: the device is quiet", "keepalives", len(t.Keepalives), "addresses", len(t.Addrs), "routes", len(t.Routes))
+			k.cfg.Log.Info("standby: the device is quiet", "keepalives", len(t.Keepalives), "addresses", len(t.Addrs), "nexthops", len(t.Nexthops), "routes", len(t.Routes))
 		}
 	}
 	if err := k.keepalives(off); err != nil {

@@ -21,16 +21,22 @@ import (
 // as it is: the messages of a dump are good for making the same again, as ip route
 // save and restore do it. IPv4 addresses and routing rules stay by themselves.
 
-// settings are an interface's messages of RTM_NEWADDR and RTM_NEWROUTE.
+// settings are an interface's messages of RTM_NEWADDR, RTM_NEWNEXTHOP and
+// RTM_NEWROUTE.
 type settings struct {
-	Addrs  [][]byte `json:"addrs,omitempty"`
-	Routes [][]byte `json:"routes,omitempty"`
+	Addrs [][]byte `json:"addrs,omitempty"`
+	// Nexthops are those of the interface, and the groups that have one of them.
+	Nexthops [][]byte `json:"nexthops,omitempty"`
+	Routes   [][]byte `json:"routes,omitempty"`
 }
 
 // add adds what is new in s.
 func (s *settings) add(more settings) {
-	s.Addrs, s.Routes = union(s.Addrs, more.Addrs), union(s.Routes, more.Routes)
+	s.Addrs, s.Nexthops, s.Routes = union(s.Addrs, more.Addrs), union(s.Nexthops, more.Nexthops), union(s.Routes, more.Routes)
 }
+
+// count returns how many things there are.
+func (s *settings) count() int { return len(s.Addrs) + len(s.Nexthops) + len(s.Routes) }
 
 func union(a, b [][]byte) [][]byte {
 	for _, m := range b {
@@ -57,28 +63,134 @@ func readSettings(ifindex int) (s settings, err error) {
 			s.Addrs = append(s.Addrs, m)
 		}
 	})
+	var all [][]byte
+	err = errors.Join(err, dump(unix.RTM_GETNEXTHOP, nhmsg, unix.RTM_NEWNEXTHOP, func(m []byte) {
+		if len(m) >= unix.SizeofNhmsg {
+			all = append(all, bareNexthop(m))
+		}
+	}))
+	s.Nexthops = nexthopsOf(all, ifindex)
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		err = errors.Join(err, dump(unix.RTM_GETROUTE, &nl.RtMsg{RtMsg: unix.RtMsg{Family: uint8(family)}}, unix.RTM_NEWROUTE, func(m []byte) {
-			if routeOf(m, ifindex) {
-				s.Routes = append(s.Routes, without(m, unix.SizeofRtMsg, unix.RTA_CACHEINFO))
+			if s.hasRoute(m, ifindex) {
+				s.Routes = append(s.Routes, bareRoute(m))
 			}
 		}))
 	}
 	return s, err
 }
 
-// routeOf reports whether a route leads to an interface and has to be kept: the
-// kernel makes its own again, and so does a routing daemon.
-func routeOf(m []byte, ifindex int) bool {
+// nhmsg asks for all nexthop objects: eight zeros, as struct ifaddrmsg has them, too.
+var nhmsg = nl.NewIfAddrmsg(unix.AF_UNSPEC)
+
+// rtaNHID is RTA_NH_ID of linux/rtnetlink.h: the route leads to a nexthop object.
+const rtaNHID = 30
+
+// left are the protocols of routes that somebody makes again: the kernel, or a
+// daemon, which would be surprised by one of its routes that it has not made.
+var left = []uint8{
+	unix.RTPROT_REDIRECT, unix.RTPROT_KERNEL, unix.RTPROT_RA,
+	unix.RTPROT_GATED, unix.RTPROT_MRT, unix.RTPROT_ZEBRA, unix.RTPROT_BIRD, unix.RTPROT_DNROUTED, unix.RTPROT_XORP,
+	unix.RTPROT_NTK, unix.RTPROT_MROUTED, unix.RTPROT_KEEPALIVED, unix.RTPROT_BABEL, unix.RTPROT_OVN, unix.RTPROT_OPENR,
+	unix.RTPROT_BGP, unix.RTPROT_ISIS, unix.RTPROT_OSPF, unix.RTPROT_RIP, unix.RTPROT_EIGRP,
+}
+
+// hasRoute reports whether a route leads to the interface of s and has to be kept.
+func (s *settings) hasRoute(m []byte, ifindex int) bool {
 	if len(m) < unix.SizeofRtMsg {
 		return false
 	}
 	msg := nl.DeserializeRtMsg(m)
-	if msg.Protocol != unix.RTPROT_BOOT && msg.Protocol != unix.RTPROT_STATIC || msg.Flags&unix.RTM_F_CLONED != 0 {
+	if slices.Contains(left, msg.Protocol) || msg.Flags&unix.RTM_F_CLONED != 0 {
 		return false
 	}
-	oif := attribute(m, unix.SizeofRtMsg, unix.RTA_OIF)
-	return len(oif) == 4 && int(binary.NativeEndian.Uint32(oif)) == ifindex
+	if id := attribute(m, unix.SizeofRtMsg, rtaNHID); id != nil {
+		return slices.ContainsFunc(s.Nexthops, func(m []byte) bool { return bytes.Equal(attribute(m, unix.SizeofNhmsg, unix.NHA_ID), id) })
+	}
+	ours := isIndex(attribute(m, unix.SizeofRtMsg, unix.RTA_OIF), ifindex)
+	hops(attribute(m, unix.SizeofRtMsg, unix.RTA_MULTIPATH), func(hop []byte) {
+		ours = ours || isIndex(hop[4:8], ifindex)
+	})
+	return ours
+}
+
+func isIndex(b []byte, ifindex int) bool {
+	return len(b) == 4 && int(binary.NativeEndian.Uint32(b)) == ifindex
+}
+
+// bareRoute returns a copy of a route without what the kernel says of its state,
+// and does not accept for a new one (fib_semantics.c, fib_create_info).
+func bareRoute(m []byte) []byte {
+	m = without(m, unix.SizeofRtMsg, unix.RTA_CACHEINFO)
+	if attribute(m, unix.SizeofRtMsg, rtaNHID) != nil {
+		// It shows the object as well.
+		m = without(m, unix.SizeofRtMsg, unix.RTA_OIF, unix.RTA_GATEWAY, unix.RTA_VIA, unix.RTA_MULTIPATH, unix.RTA_ENCAP, unix.RTA_ENCAP_TYPE)
+	}
+	flags := binary.NativeEndian.Uint32(m[8:]) & unix.RTNH_F_ONLINK
+	binary.NativeEndian.PutUint32(m[8:], flags)
+	hops(attribute(m, unix.SizeofRtMsg, unix.RTA_MULTIPATH), func(hop []byte) { hop[2] &= unix.RTNH_F_ONLINK })
+	return m
+}
+
+// hops calls each for every struct rtnexthop of a route's RTA_MULTIPATH.
+func hops(multipath []byte, each func([]byte)) {
+	for len(multipath) >= unix.SizeofRtNexthop {
+		size := int(binary.NativeEndian.Uint16(multipath))
+		if size < unix.SizeofRtNexthop || size > len(multipath) {
+			return
+		}
+		each(multipath[:size])
+		multipath = multipath[min((size+3)&^3, len(multipath)):]
+	}
+}
+
+// Of linux/nexthop.h: attributes of a dump that a new object cannot have.
+const (
+	nhaOpFlags     = 14
+	nhaGroupStats  = 15
+	nhaHWStatsUsed = 17
+)
+
+// bareNexthop is bareRoute for a nexthop object (nexthop.c, rtm_to_nh_config).
+func bareNexthop(m []byte) []byte {
+	m = without(m, unix.SizeofNhmsg, nhaOpFlags, nhaGroupStats, nhaHWStatsUsed)
+	m[1] = 0 // the scope
+	flags := binary.NativeEndian.Uint32(m[4:]) & unix.RTNH_F_ONLINK
+	binary.NativeEndian.PutUint32(m[4:], flags)
+	return m
+}
+
+// nexthopsOf returns those of all objects that lead to an interface, and then the
+// groups with one of them.
+func nexthopsOf(all [][]byte, ifindex int) (ours [][]byte) {
+	var ids []uint32
+	for _, m := range all {
+		if isIndex(attribute(m, unix.SizeofNhmsg, unix.NHA_OIF), ifindex) {
+			ours, ids = append(ours, m), append(ids, nexthopID(m))
+		}
+	}
+	for _, m := range all {
+		if slices.ContainsFunc(members(m), func(id uint32) bool { return slices.Contains(ids, id) }) {
+			ours = append(ours, m)
+		}
+	}
+	return ours
+}
+
+func nexthopID(m []byte) uint32 {
+	if id := attribute(m, unix.SizeofNhmsg, unix.NHA_ID); len(id) == 4 {
+		return binary.NativeEndian.Uint32(id)
+	}
+	return 0
+}
+
+// members returns the objects of a group; nil for a single one.
+func members(m []byte) (ids []uint32) {
+	const size = 8 // of struct nexthop_grp
+	for g := attribute(m, unix.SizeofNhmsg, unix.NHA_GROUP); len(g) >= size; g = g[size:] {
+		ids = append(ids, binary.NativeEndian.Uint32(g))
+	}
+	return ids
 }
 
 // give gives an interface those of its settings back that it does not have. What it
@@ -90,10 +202,15 @@ func (s settings) give(ifindex int) error {
 	}
 	// The kernel puts a new address before the others of its scope, and sends from
 	// the first (addrconf.c, ipv6_link_dev_addr): the last one first.
-	var addrs, routes missing
+	var addrs, nexthops, routes missing
 	for _, m := range slices.Backward(s.Addrs) {
 		if !has(now.Addrs, m) {
 			addrs.add(m, request(unix.RTM_NEWADDR, m))
+		}
+	}
+	for _, m := range s.Nexthops {
+		if !has(now.Nexthops, m) {
+			nexthops.add(m, s.requestNexthop(m))
 		}
 	}
 	// Those by way of others come after the others.
@@ -101,14 +218,14 @@ func (s settings) give(ifindex int) error {
 	slices.SortStableFunc(ordered, func(a, b []byte) int { return cmp.Compare(gateways(a), gateways(b)) })
 	for _, m := range ordered {
 		if !has(now.Routes, m) {
-			routes.add(m, requestRoute(m))
+			routes.add(m, request(unix.RTM_NEWROUTE, m))
 		}
 	}
 	// Or they lead by way of one that came after them.
 	again := routes.of
 	routes = missing{}
 	for _, m := range again {
-		routes.add(m, requestRoute(m))
+		routes.add(m, request(unix.RTM_NEWROUTE, m))
 	}
 	if now, err = readSettings(ifindex); err != nil {
 		return err
@@ -122,7 +239,7 @@ func (s settings) give(ifindex int) error {
 	if inPlace > 0 {
 		err = fmt.Errorf("%d routes are not back: others are in their place", inPlace)
 	}
-	return errors.Join(addrs.err("addresses"), routes.err("routes"), err)
+	return errors.Join(addrs.err("addresses"), nexthops.err("nexthops"), routes.err("routes"), err)
 }
 
 // missing is what could not be made.
@@ -148,13 +265,35 @@ func (f *missing) err(what string) error {
 	return fmt.Errorf("%d %s are not back, the first because: %w", len(f.of), what, f.first)
 }
 
-// requestRoute makes a route, unless it is there.
-func requestRoute(m []byte) error {
-	m = bytes.Clone(m)
-	// What the kernel says of a route and does not accept for one (fib_create_info).
-	flags := binary.NativeEndian.Uint32(m[8:]) & unix.RTNH_F_ONLINK
-	binary.NativeEndian.PutUint32(m[8:], flags)
-	return request(unix.RTM_NEWROUTE, m)
+// requestNexthop makes a nexthop object, unless it is there. A group is there, but
+// for those of its members that went with the link.
+func (s *settings) requestNexthop(m []byte) error {
+	want := members(m)
+	if want == nil {
+		return request(unix.RTM_NEWNEXTHOP, m)
+	}
+	var rest []uint32
+	err := dump(unix.RTM_GETNEXTHOP, nhmsg, unix.RTM_NEWNEXTHOP, func(now []byte) {
+		if len(now) >= unix.SizeofNhmsg && nexthopID(now) == nexthopID(m) {
+			rest = members(now)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	want = slices.DeleteFunc(want, func(id uint32) bool {
+		return slices.ContainsFunc(s.Nexthops, func(m []byte) bool { return members(m) == nil && nexthopID(m) == id })
+	})
+	if len(rest) == 0 {
+		return request(unix.RTM_NEWNEXTHOP, m)
+	}
+	if !slices.Equal(rest, want) {
+		return fmt.Errorf("the nexthop group %d has been changed", nexthopID(m))
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_NEWNEXTHOP, unix.NLM_F_REPLACE|unix.NLM_F_ACK)
+	req.AddRawData(m)
+	_, err = req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
 }
 
 func gateways(m []byte) int {
@@ -222,11 +361,11 @@ func attribute(m []byte, header int, want uint16) (found []byte) {
 	return found
 }
 
-// without returns a copy of m that lacks an attribute.
-func without(m []byte, header int, unwanted uint16) []byte {
+// without returns a copy of m that lacks some attributes.
+func without(m []byte, header int, unwanted ...uint16) []byte {
 	out := bytes.Clone(m[:header])
 	attributes(m, header, func(kind uint16, whole, _ []byte) bool {
-		if kind != unwanted {
+		if !slices.Contains(unwanted, kind) {
 			out = append(out, whole...)
 		}
 		return true

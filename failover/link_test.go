@@ -7,11 +7,13 @@ import (
 	"encoding/json"
 	"net"
 	"os"
+	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -162,6 +164,100 @@ func TestSettings(t *testing.T) {
 	}
 	if !slices.ContainsFunc(mustRoutes(t), func(r netlink.Route) bool { return r.LinkIndex == index["other"] && r.Dst.String() == "10.2.0.0/16" }) {
 		t.Error("the other's route was taken away")
+	}
+}
+
+// TestRoutesOfAllKinds: what ip(8) says of routes, rules, nexthop objects and addresses
+// is the same after the link was down as it was before, byte for byte, but for what the
+// kernel makes of addresses.
+func TestRoutesOfAllKinds(t *testing.T) {
+	inNamespace(t)
+	ip := func(args string) string {
+		t.Helper()
+		out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("ip %s: %v: %s", args, err, out)
+		}
+		return string(out)
+	}
+	dumps := func() (out string) {
+		for _, args := range []string{
+			"-j -4 route show table all", "-j -6 route show table all", "-j -4 rule", "-j -6 rule", "-j nexthop", "-j addr show dev one",
+		} {
+			// The kernel makes its own in its own time.
+			lines := slices.DeleteFunc(strings.Split(strings.Trim(ip(args), "[{}]\n"), "},{"), func(s string) bool { return strings.Contains(s, `"protocol":"kernel"`) })
+			out += args + "\n" + strings.Join(lines, "\n") + "\n"
+		}
+		return out
+	}
+	for _, args := range []string{
+		"link add one type veth peer name two", "link add other type veth peer name rest",
+		"addr add 10.1.0.1/24 dev one", "addr add fd01::1/64 dev one nodad", "addr add 10.2.0.1/24 dev other", "addr add fd02::1/64 dev other nodad",
+		"link set one addrgenmode none", "link set two up", "link set rest up", "link set one up", "link set other up",
+		// Of numbers that are nobody's, and of other types.
+		"route add 10.10.0.0/16 dev one proto 200", "route add fd10::/64 dev one proto 200", "route add 10.11.0.0/16 dev one proto dhcp metric 5",
+		"route add 10.12.0.0/16 via 10.1.0.7 dev one proto static src 10.1.0.1 mtu 1300 table 51820",
+		"route add default dev one table 51820", "-6 route add default dev one table 51820",
+		"rule add not fwmark 51820 table 51820", "rule add table main suppress_prefixlength 0", "-6 rule add not fwmark 51820 table 51820",
+		// Several next hops, all by the link, and some.
+		"route add 10.20.0.0/16 nexthop via 10.1.0.8 weight 2 nexthop via 10.1.0.9", "-6 route add fd20::/64 nexthop via fd01::8 dev one weight 3 nexthop via fd01::9 dev one",
+		"route add 10.21.0.0/16 nexthop via 10.1.0.8 nexthop via 10.2.0.8", "-6 route add fd21::/64 nexthop via fd01::8 dev one nexthop via fd02::8 dev other",
+		// Nexthop objects, and groups of them.
+		"nexthop add id 1 via 10.1.0.8 dev one", "nexthop add id 2 via 10.1.0.9 dev one proto static", "nexthop add id 3 via 10.2.0.9 dev other",
+		"nexthop add id 4 via fd01::8 dev one", "nexthop add id 5 via fd02::8 dev other",
+		"nexthop add id 10 group 1/2,5", "nexthop add id 11 group 3/1,7", "nexthop add id 12 group 4/5", "nexthop add id 13 group 3",
+		"route add 10.30.0.0/16 nhid 1", "route add 10.31.0.0/16 nhid 10 metric 3", "route add 10.32.0.0/16 nhid 11", "route add 10.33.0.0/16 nhid 3", "route add 10.34.0.0/16 nhid 13",
+		"-6 route add fd30::/64 nhid 4", "-6 route add fd31::/64 nhid 12 metric 7",
+	} {
+		ip(args)
+	}
+	link, err := netlink.LinkByName("one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	one := link.Attrs().Index
+	for _, compat := range []string{"1", "0"} {
+		// 0: a route with a nexthop object does not show where that leads.
+		if err := os.WriteFile("/proc/sys/net/ipv4/nexthop_compat_mode", []byte(compat), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		before := dumps()
+		kept, err := readSettings(one)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			ip("link set one down")
+			if diff := cmp.Diff(before, dumps()); diff == "" {
+				t.Error("nothing went with the link")
+			}
+			ip("link set one up")
+			if err := kept.give(one); err != nil {
+				t.Error(err)
+			}
+			if diff := cmp.Diff(before, dumps()); diff != "" {
+				t.Errorf("compat_mode %s (-before +given back):\n%s", compat, diff)
+			}
+			if err := kept.give(one); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+
+	// A group that somebody has changed meanwhile is not ours to change back.
+	kept, err := readSettings(one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip("link set one down")
+	ip("nexthop add id 6 via 10.2.0.10 dev other")
+	ip("nexthop replace id 11 group 3/6")
+	ip("link set one up")
+	if err := kept.give(one); err == nil || !strings.Contains(err.Error(), "nexthop group 11 has been changed") {
+		t.Errorf("a group that was changed: error %v", err)
+	}
+	if out := ip("nexthop show id 11"); !strings.Contains(out, "group 3/6") {
+		t.Errorf("the group is %s", out)
 	}
 }
 
