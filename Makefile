@@ -12,7 +12,7 @@ LIFE ?= 30
 FUZZTIME ?= 1m
 SEED ?= 0
 # The packages whose tests also run in the machine, on a kernel with WireGuard.
-VM_PACKAGES ?= ./bpf ./internal/wg ./tracker ./test
+VM_PACKAGES ?= ./bpf ./internal/wg ./tracker ./failover ./test
 
 CLANG_FORMAT     := clang-format-19
 AMD64            := $(filter-out %-arm64,$(KERNEL))
