@@ -136,8 +136,9 @@ static __always_inline bool same_address(const struct uplink_address *a,
 	return x[0] == y[0] && x[4] == y[4] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3];
 }
 
-/* Copies from the packet, by a helper only what is not in its linear part. */
-static __always_inline bool peek(struct __sk_buff *skb, __u32 off, void *to, __u32 size)
+/* Where something of the packet can be read: in its linear part, or else in buf, to
+ * which a helper copies it. NULL if there is no such thing. */
+static __always_inline const void *peek(struct __sk_buff *skb, __u32 off, void *buf, __u32 size)
 {
 	void *data = (void *)(long)skb->data;
 	void *end = (void *)(long)skb->data_end;
@@ -145,13 +146,11 @@ static __always_inline bool peek(struct __sk_buff *skb, __u32 off, void *to, __u
 
 	/* No header is that far away, and the verifier wants a bound. */
 	if (off > 0x3ff)
-		return false;
+		return NULL;
 	from = data + off;
-	if (from + size <= end) {
-		__builtin_memcpy(to, from, size);
-		return true;
-	}
-	return !bpf_skb_load_bytes(skb, off, to, size);
+	if (from + size <= end)
+		return from;
+	return bpf_skb_load_bytes(skb, off, buf, size) ? NULL : buf;
 }
 
 static __always_inline bool followed(__u16 port)
@@ -163,30 +162,32 @@ static __always_inline bool followed(__u16 port)
 static __always_inline bool skip_extensions(struct __sk_buff *skb, __u8 next, __u32 *off,
 					    bool *whole)
 {
-	struct {
+	const struct {
 		__u8 next, length;
 		__be16 fragment;
-	} header;
+	} *header;
+	__u32 buf;
 
 	for (int i = 0; i < 8; i++) {
 		if (next == IPPROTO_UDP)
 			return true;
-		if (!peek(skb, *off, &header, sizeof(header)))
+		header = peek(skb, *off, &buf, sizeof(buf));
+		if (!header)
 			return false;
 		switch (next) {
 		case IPPROTO_HOPOPTS:
 		case IPPROTO_ROUTING:
 		case IPPROTO_DSTOPTS:
-			*off += (header.length + 1) * 8;
+			*off += (header->length + 1) * 8;
 			break;
 		case IPPROTO_AH:
-			*off += (header.length + 2) * 4;
+			*off += (header->length + 2) * 4;
 			break;
 		case IPPROTO_FRAGMENT:
 			/* Not the first fragment: there is no header in it. */
-			if (header.fragment & bpf_htons(0xfff8))
+			if (header->fragment & bpf_htons(0xfff8))
 				return false;
-			if (header.fragment & bpf_htons(1))
+			if (header->fragment & bpf_htons(1))
 				*whole = false;
 			*off += 8;
 			break;
@@ -194,7 +195,7 @@ static __always_inline bool skip_extensions(struct __sk_buff *skb, __u8 next, __
 			/* Not UDP. */
 			return false;
 		}
-		next = header.next;
+		next = header->next;
 	}
 	/* More headers than anybody sends. */
 	return false;
@@ -205,59 +206,61 @@ static __always_inline bool parse_ip(struct __sk_buff *skb, __u32 off, __u16 pro
 				     struct packet *p)
 {
 	__u32 *addr = (__u32 *)p->peer.addr;
-	struct start start;
+	__u32 buf[sizeof(struct ipv6hdr) / 4];
+	const struct start *start;
 	bool whole = true;
 	__u16 near, far;
 
 	if (protocol == bpf_htons(ETH_P_IP)) {
-		struct iphdr ip;
+		const struct iphdr *ip = peek(skb, off, buf, sizeof(*ip));
 
-		if (!peek(skb, off, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+		if (!ip || ip->version != 4 || ip->ihl < 5)
 			return false;
 		/* Not UDP, or not the first fragment. */
-		if (ip.protocol != IPPROTO_UDP || ip.frag_off & bpf_htons(0x1fff))
+		if (ip->protocol != IPPROTO_UDP || ip->frag_off & bpf_htons(0x1fff))
 			return false;
-		whole = !(ip.frag_off & bpf_htons(0x2000));
+		whole = !(ip->frag_off & bpf_htons(0x2000));
 		p->near = off + offsetof(struct iphdr, saddr);
-		off += ip.ihl * 4;
+		off += ip->ihl * 4;
 		p->peer.family = AF_INET;
-		addr[0] = egress ? ip.daddr : ip.saddr;
+		addr[0] = egress ? ip->daddr : ip->saddr;
 	} else if (protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr ip;
+		const struct ipv6hdr *ip = peek(skb, off, buf, sizeof(*ip));
 		const __u32 *from;
 
-		if (!peek(skb, off, &ip, sizeof(ip)) || ip.version != 6)
+		if (!ip || ip->version != 6)
 			return false;
 		p->near = off + offsetof(struct ipv6hdr, saddr);
-		off += sizeof(ip);
-		if (ip.nexthdr != IPPROTO_UDP && !skip_extensions(skb, ip.nexthdr, &off, &whole))
-			return false;
+		off += sizeof(*ip);
 		p->peer.family = AF_INET6;
-		from = egress ? ip.daddr.in6_u.u6_addr32 : ip.saddr.in6_u.u6_addr32;
+		from = egress ? ip->daddr.in6_u.u6_addr32 : ip->saddr.in6_u.u6_addr32;
 		addr[0] = from[0];
 		addr[1] = from[1];
 		addr[2] = from[2];
 		addr[3] = from[3];
+		if (ip->nexthdr != IPPROTO_UDP && !skip_extensions(skb, ip->nexthdr, &off, &whole))
+			return false;
 	} else {
 		/* Not IP. */
 		return false;
 	}
 
 	/* A message as short as that is none of WireGuard's. */
-	if (!peek(skb, off, &start, sizeof(start)))
+	start = peek(skb, off, buf, sizeof(*start));
+	if (!start)
 		return false;
-	near = egress ? start.udp.source : start.udp.dest;
-	far = egress ? start.udp.dest : start.udp.source;
+	near = egress ? start->udp.source : start->udp.dest;
+	far = egress ? start->udp.dest : start->udp.source;
 	/* Foreign traffic. */
 	if (!followed(bpf_ntohs(near)))
 		return false;
 	p->port = bpf_ntohs(near);
 	p->peer.port = far;
-	p->message = off + sizeof(start.udp);
-	p->size = bpf_ntohs(start.udp.len) - sizeof(start.udp);
-	p->type = start.type;
-	p->index[0] = start.index[0];
-	p->index[1] = start.index[1];
+	p->message = off + sizeof(start->udp);
+	p->size = bpf_ntohs(start->udp.len) - sizeof(start->udp);
+	p->type = start->type;
+	p->index[0] = start->index[0];
+	p->index[1] = start->index[1];
 	/* A length that is less than the header's own, or more than there is, is a lie
 	 * that UDP drops; but of a first fragment it is that of all together. */
 	return p->size <= 0xffff && (!whole || p->message + p->size <= skb->len);
@@ -267,32 +270,32 @@ static __always_inline bool parse_ip(struct __sk_buff *skb, __u32 off, __u16 pro
 static __always_inline bool parse(struct __sk_buff *skb, bool ethernet, bool egress,
 				  struct packet *p)
 {
-	__u32 off = 0;
-	__be16 protocol;
-	__u8 first;
+	__u32 off = offsetof(struct ethhdr, h_proto);
+	const __be16 *protocol;
+	const __u8 *first;
+	__be16 buf;
 
 	if (!ethernet) {
 		/* The version says it, for skb->protocol is what somebody wrote
 		 * to a TUN device. */
-		if (!peek(skb, 0, &first, sizeof(first)))
+		first = peek(skb, 0, &buf, sizeof(*first));
+		if (!first)
 			return false;
-		protocol = first >> 4 == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
-		return parse_ip(skb, 0, protocol, egress, p);
+		return parse_ip(skb, 0, bpf_htons(*first >> 4 == 4 ? ETH_P_IP : ETH_P_IPV6), egress,
+				p);
 	}
 
-	off = offsetof(struct ethhdr, h_proto);
-	if (!peek(skb, off, &protocol, sizeof(protocol)))
-		return false;
+	protocol = peek(skb, off, &buf, sizeof(*protocol));
 	/* The kernel keeps an outer tag beside the packet. Those in it are left
 	 * over, or a VLAN device without offload put them there. */
 	for (int i = 0; i < 2; i++) {
-		if (protocol != bpf_htons(ETH_P_8021Q) && protocol != bpf_htons(ETH_P_8021AD))
+		if (!protocol ||
+		    (*protocol != bpf_htons(ETH_P_8021Q) && *protocol != bpf_htons(ETH_P_8021AD)))
 			break;
 		off += 4;
-		if (!peek(skb, off, &protocol, sizeof(protocol)))
-			return false;
+		protocol = peek(skb, off, &buf, sizeof(*protocol));
 	}
-	return parse_ip(skb, off + sizeof(protocol), protocol, egress, p);
+	return protocol && parse_ip(skb, off + sizeof(*protocol), *protocol, egress, p);
 }
 
 static __always_inline bool within(struct uplink_window *w, __u64 now, __u32 limit)
