@@ -167,35 +167,47 @@ func (h *Hook) load(spec *ebpf.CollectionSpec, links func(*Hook) error) error {
 	return err
 }
 
-// The helpers of the handshake are attached first, so that no cause is missed.
+// probe is a program, and where in WireGuard it is attached.
+type probe struct {
+	prog     *ebpf.Program
+	symbol   string
+	atReturn bool
+}
 
-func (h *Hook) attachFentry() error {
-	for _, prog := range []*ebpf.Program{
-		h.objs.HandshakeEnter, h.objs.HandshakeExit, h.objs.HandshakeComplete, h.objs.SetPeerEndpoint,
-	} {
-		l, err := link.AttachTracing(link.TracingOptions{Program: prog})
-		if err != nil {
-			return fmt.Errorf("attach %v: %w", prog, err)
-		}
-		h.links = append(h.links, l)
+// probes returns all of them. The helpers of the handshake come first, so that no
+// cause is missed.
+func (h *Hook) probes() []probe {
+	return []probe{
+		{h.objs.HandshakeEnter, "wg_socket_set_peer_endpoint_from_skb", false},
+		{h.objs.HandshakeExit, "wg_socket_set_peer_endpoint_from_skb", true},
+		{h.objs.HandshakeComplete, "wg_timers_handshake_complete", false},
+		{h.objs.PeerCreated, "wg_peer_create", false},
+		{h.objs.KeyChanged, "wg_cookie_checker_precompute_device_keys", false},
+		{h.objs.SetPeerEndpoint, "wg_socket_set_peer_endpoint", false},
 	}
-	return nil
+}
+
+// attachFentry needs no symbols: they are in the programs.
+func (h *Hook) attachFentry() error {
+	return h.attachBy(func(p probe) (link.Link, error) {
+		return link.AttachTracing(link.TracingOptions{Program: p.prog})
+	})
 }
 
 func (h *Hook) attachKprobes() error {
-	for _, probe := range []struct {
-		attach func(string, *ebpf.Program, *link.KprobeOptions) (link.Link, error)
-		symbol string
-		prog   *ebpf.Program
-	}{
-		{link.Kprobe, "wg_socket_set_peer_endpoint_from_skb", h.objs.HandshakeEnter},
-		{link.Kretprobe, "wg_socket_set_peer_endpoint_from_skb", h.objs.HandshakeExit},
-		{link.Kprobe, "wg_timers_handshake_complete", h.objs.HandshakeComplete},
-		{link.Kprobe, "wg_socket_set_peer_endpoint", h.objs.SetPeerEndpoint},
-	} {
-		l, err := probe.attach(probe.symbol, probe.prog, nil)
+	return h.attachBy(func(p probe) (link.Link, error) {
+		if p.atReturn {
+			return link.Kretprobe(p.symbol, p.prog, nil)
+		}
+		return link.Kprobe(p.symbol, p.prog, nil)
+	})
+}
+
+func (h *Hook) attachBy(attach func(probe) (link.Link, error)) error {
+	for _, p := range h.probes() {
+		l, err := attach(p)
 		if err != nil {
-			return fmt.Errorf("attach %v: %w", probe.prog, err)
+			return fmt.Errorf("attach %v: %w", p.prog, err)
 		}
 		h.links = append(h.links, l)
 	}
@@ -297,14 +309,22 @@ func (h *Hook) Limited() (l Limited, err error) {
 // kernel counts it since Linux 6.7.
 func (h *Hook) Missed() (uint64, error) {
 	var n uint64
-	for _, prog := range []*ebpf.Program{
-		h.objs.HandshakeEnter, h.objs.HandshakeExit, h.objs.HandshakeComplete, h.objs.SetPeerEndpoint,
-	} {
-		stats, err := prog.Stats()
+	for _, p := range h.probes() {
+		stats, err := p.prog.Stats()
 		if err != nil {
 			return 0, fmt.Errorf("read missed counter: %w", err)
 		}
 		n += stats.RecursionMisses
+	}
+	return n, nil
+}
+
+// Configured returns how often a device that is followed was given a peer or another
+// private key since Attach. There are no events of that.
+func (h *Hook) Configured() (uint64, error) {
+	var n uint64
+	if err := h.objs.Configured.Get(&n); err != nil {
+		return 0, fmt.Errorf("read counter of configurations: %w", err)
 	}
 	return n, nil
 }

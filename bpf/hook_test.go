@@ -26,6 +26,7 @@ import (
 	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/lab"
@@ -648,6 +649,46 @@ func hookConfirmed(t *testing.T) {
 
 	if latest := s.latest(); len(latest) != 1 || latest[0].Confirmed || latest[0].New != second {
 		t.Errorf("latest %+v", latest)
+	}
+}
+
+// TestHookConfigured: new peers and keys are counted, endpoints are not.
+func TestHookConfigured(t *testing.T) { eachRung(t, hookConfigured) }
+
+func hookConfigured(t *testing.T) {
+	s := newSite(t)
+	count := func() uint64 {
+		n, err := s.hook.Configured()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := count()
+	s.configure(wg.Endpoint{Peer: s.c.Key(), Endpoint: netip.MustParseAddrPort("192.0.2.1:1")})
+	if n := count(); n != before {
+		t.Errorf("counted %d for an endpoint", n-before)
+	}
+	s.manyPeers(3)
+	if n := count(); n != before+3 {
+		t.Errorf("counted %d for 3 peers", n-before)
+	}
+	key, err := wgtypes.GeneratePrivateKey()
+	if err == nil {
+		err = s.gw.WG().ConfigureDevice(s.gw.Device(), wgtypes.Config{PrivateKey: &key})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := count(); n != before+4 {
+		t.Errorf("counted %d for a key", n-before-3)
+	}
+	if err := s.hook.Unfollow(s.dev); err != nil {
+		t.Fatal(err)
+	}
+	s.manyPeers(4)
+	if n := count(); n != before+4 {
+		t.Errorf("counted %d of a device that nobody follows", n-before-4)
 	}
 }
 

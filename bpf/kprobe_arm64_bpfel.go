@@ -23,8 +23,11 @@ const (
 	kprobeProgHandshakeComplete = "handshake_complete"
 	kprobeProgHandshakeEnter    = "handshake_enter"
 	kprobeProgHandshakeExit     = "handshake_exit"
+	kprobeProgKeyChanged        = "key_changed"
 	kprobeProgLook              = "look"
+	kprobeProgPeerCreated       = "peer_created"
 	kprobeProgSetPeerEndpoint   = "set_peer_endpoint"
+	kprobeVarConfigured         = "configured"
 	kprobeVarEventsLimited      = "events_limited"
 	kprobeVarEventsLimitedAll   = "events_limited_all"
 	kprobeVarEventsLost         = "events_lost"
@@ -78,7 +81,9 @@ type kprobeProgramSpecs struct {
 	HandshakeComplete *ebpf.ProgramSpec `ebpf:"handshake_complete"`
 	HandshakeEnter    *ebpf.ProgramSpec `ebpf:"handshake_enter"`
 	HandshakeExit     *ebpf.ProgramSpec `ebpf:"handshake_exit"`
+	KeyChanged        *ebpf.ProgramSpec `ebpf:"key_changed"`
 	Look              *ebpf.ProgramSpec `ebpf:"look"`
+	PeerCreated       *ebpf.ProgramSpec `ebpf:"peer_created"`
 	SetPeerEndpoint   *ebpf.ProgramSpec `ebpf:"set_peer_endpoint"`
 }
 
@@ -96,6 +101,7 @@ type kprobeMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kprobeVariableSpecs struct {
+	Configured       *ebpf.VariableSpec `ebpf:"configured"`
 	EventsLimited    *ebpf.VariableSpec `ebpf:"events_limited"`
 	EventsLimitedAll *ebpf.VariableSpec `ebpf:"events_limited_all"`
 	EventsLost       *ebpf.VariableSpec `ebpf:"events_lost"`
@@ -143,6 +149,7 @@ func (m *kprobeMaps) Close() error {
 //
 // It can be passed to loadKprobeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kprobeVariables struct {
+	Configured       *ebpf.Variable `ebpf:"configured"`
 	EventsLimited    *ebpf.Variable `ebpf:"events_limited"`
 	EventsLimitedAll *ebpf.Variable `ebpf:"events_limited_all"`
 	EventsLost       *ebpf.Variable `ebpf:"events_lost"`
@@ -158,7 +165,9 @@ type kprobePrograms struct {
 	HandshakeComplete *ebpf.Program `ebpf:"handshake_complete"`
 	HandshakeEnter    *ebpf.Program `ebpf:"handshake_enter"`
 	HandshakeExit     *ebpf.Program `ebpf:"handshake_exit"`
+	KeyChanged        *ebpf.Program `ebpf:"key_changed"`
 	Look              *ebpf.Program `ebpf:"look"`
+	PeerCreated       *ebpf.Program `ebpf:"peer_created"`
 	SetPeerEndpoint   *ebpf.Program `ebpf:"set_peer_endpoint"`
 }
 
@@ -167,7 +176,9 @@ func (p *kprobePrograms) Close() error {
 		p.HandshakeComplete,
 		p.HandshakeEnter,
 		p.HandshakeExit,
+		p.KeyChanged,
 		p.Look,
+		p.PeerCreated,
 		p.SetPeerEndpoint,
 	)
 }

@@ -98,6 +98,7 @@ func objectSecrets(t *testing.T, spec *ebpf.CollectionSpec) {
 		"noise_handshake": {"remote_static"},
 		"wg_peer":         {"device", "endpoint", "handshake", "internal_id"},
 		"wg_device":       {"dev"},
+		"cookie_checker":  {"device"},
 	} {
 		var s *btf.Struct
 		if err := spec.Types.TypeByName(name, &s); err != nil {

@@ -109,6 +109,10 @@ struct {
 	__type(value, struct handshake);
 } handshakes SEC(".maps");
 
+/* How often a device was given a peer or another private key. They make no event, and
+ * are reason for a dump. */
+__u64 configured;
+
 static __always_inline bool same_address(const struct endpoint *a, const struct endpoint *b)
 {
 	__u16 family = READ(a->addr.sa_family);
@@ -164,6 +168,13 @@ static __always_inline bool is_configured(const struct endpoint *ep)
 	       !READ(ep->src6.in6_u.u6_addr32[2]) && !READ(ep->src6.in6_u.u6_addr32[3]);
 }
 
+/* Signed, for the clock may step back a little (timekeeping.c,
+ * ktime_get_mono_fast_ns). */
+static __always_inline bool is_over(__u64 boot_ns)
+{
+	return (__s64)(bpf_ktime_get_boot_ns() - boot_ns) > (__s64)HANDSHAKE_NS;
+}
+
 static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint *endpoint)
 {
 	__u64 task = bpf_get_current_pid_tgid();
@@ -175,29 +186,30 @@ static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint
 	hs = bpf_map_lookup_elem(&handshakes, &task);
 	/* The peer is compared because a softirq can run on top of the worker
 	 * and bring another peer's data. */
-	if (!hs || hs->peer != (__u64)peer)
-		return CAUSE_DATA;
-	/* Signed, for the clock may step back a little (timekeeping.c,
-	 * ktime_get_mono_fast_ns). */
-	if ((__s64)(bpf_ktime_get_boot_ns() - hs->boot_ns) > (__s64)HANDSHAKE_NS)
-		return CAUSE_DATA;
-	return hs->type == MESSAGE_HANDSHAKE_RESPONSE ? CAUSE_RESPONSE : CAUSE_INITIATION;
+	if (hs && hs->peer == (__u64)peer && !is_over(hs->boot_ns))
+		return hs->type == MESSAGE_HANDSHAKE_RESPONSE ? CAUSE_RESPONSE : CAUSE_INITIATION;
+	return CAUSE_DATA;
 }
 
-/* Fills in what all events of a peer have in common. False: nobody asked for
- * its device, which is another namespace's or another daemon's. */
-static __always_inline bool begin_event(struct peer_event *event, struct wg_peer *peer)
+/* False: nobody asked for the device, which is another namespace's or another
+ * daemon's. */
+static __always_inline bool is_followed(struct wg_device *wg, struct device_id *id)
 {
-	struct wg_device *wg = READ(peer->device);
 	struct net_device *dev = READ(wg->dev);
 	struct net *net = READ(dev->nd_net.net);
-	struct device_id id = {
-		.ifindex = READ(dev->ifindex),
-		.netns = READ(net->ns.inum),
-	};
+
+	id->ifindex = READ(dev->ifindex);
+	id->netns = READ(net->ns.inum);
+	return bpf_map_lookup_elem(&devices, id);
+}
+
+/* Fills in what all events of a peer have in common. False: not our device. */
+static __always_inline bool begin_event(struct peer_event *event, struct wg_peer *peer)
+{
+	struct device_id id;
 	const __u64 *key;
 
-	if (!bpf_map_lookup_elem(&devices, &id))
+	if (!is_followed(READ(peer->device), &id))
 		return false;
 
 	event->internal_id = READ(peer->internal_id);
@@ -303,7 +315,7 @@ int PROG(handshake_enter, struct wg_peer *peer, const struct sk_buff *skb)
 	/* An unreadable packet leaves the type 0 and counts as an initiation, the
 	 * weaker evidence. */
 	bpf_probe_read_kernel(&hs.type, sizeof(hs.type), READ(skb->data));
-	/* Full of what is left over: the event would lack its cause, as good as lost. */
+	/* Full of what is left over: the event will lack its cause, as good as lost. */
 	if (bpf_map_update_elem(&handshakes, &task, &hs, BPF_ANY))
 		__sync_fetch_and_add(&events_lost, 1);
 	return 0;
@@ -315,6 +327,31 @@ int PROG(handshake_exit)
 	__u64 task = bpf_get_current_pid_tgid();
 
 	bpf_map_delete_elem(&handshakes, &task);
+	return 0;
+}
+
+static __always_inline void count_configured(struct wg_device *wg)
+{
+	struct device_id id;
+
+	if (is_followed(wg, &id))
+		__sync_fetch_and_add(&configured, 1);
+}
+
+/* A new peer has no endpoint, which set_peer() gives it afterwards, if at all
+ * (netlink.c). */
+ENTER("wg_peer_create")
+int PROG(peer_created, struct wg_device *wg)
+{
+	count_configured(wg);
+	return 0;
+}
+
+/* Called for another private key only (netlink.c, wg_set_device). */
+ENTER("wg_cookie_checker_precompute_device_keys")
+int PROG(key_changed, struct cookie_checker *checker)
+{
+	count_configured(READ(checker->device));
 	return 0;
 }
 

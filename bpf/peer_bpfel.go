@@ -60,8 +60,11 @@ const (
 	peerProgHandshakeComplete = "handshake_complete"
 	peerProgHandshakeEnter    = "handshake_enter"
 	peerProgHandshakeExit     = "handshake_exit"
+	peerProgKeyChanged        = "key_changed"
 	peerProgLook              = "look"
+	peerProgPeerCreated       = "peer_created"
 	peerProgSetPeerEndpoint   = "set_peer_endpoint"
+	peerVarConfigured         = "configured"
 	peerVarEventsLimited      = "events_limited"
 	peerVarEventsLimitedAll   = "events_limited_all"
 	peerVarEventsLost         = "events_lost"
@@ -115,7 +118,9 @@ type peerProgramSpecs struct {
 	HandshakeComplete *ebpf.ProgramSpec `ebpf:"handshake_complete"`
 	HandshakeEnter    *ebpf.ProgramSpec `ebpf:"handshake_enter"`
 	HandshakeExit     *ebpf.ProgramSpec `ebpf:"handshake_exit"`
+	KeyChanged        *ebpf.ProgramSpec `ebpf:"key_changed"`
 	Look              *ebpf.ProgramSpec `ebpf:"look"`
+	PeerCreated       *ebpf.ProgramSpec `ebpf:"peer_created"`
 	SetPeerEndpoint   *ebpf.ProgramSpec `ebpf:"set_peer_endpoint"`
 }
 
@@ -133,6 +138,7 @@ type peerMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type peerVariableSpecs struct {
+	Configured       *ebpf.VariableSpec `ebpf:"configured"`
 	EventsLimited    *ebpf.VariableSpec `ebpf:"events_limited"`
 	EventsLimitedAll *ebpf.VariableSpec `ebpf:"events_limited_all"`
 	EventsLost       *ebpf.VariableSpec `ebpf:"events_lost"`
@@ -180,6 +186,7 @@ func (m *peerMaps) Close() error {
 //
 // It can be passed to loadPeerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type peerVariables struct {
+	Configured       *ebpf.Variable `ebpf:"configured"`
 	EventsLimited    *ebpf.Variable `ebpf:"events_limited"`
 	EventsLimitedAll *ebpf.Variable `ebpf:"events_limited_all"`
 	EventsLost       *ebpf.Variable `ebpf:"events_lost"`
@@ -195,7 +202,9 @@ type peerPrograms struct {
 	HandshakeComplete *ebpf.Program `ebpf:"handshake_complete"`
 	HandshakeEnter    *ebpf.Program `ebpf:"handshake_enter"`
 	HandshakeExit     *ebpf.Program `ebpf:"handshake_exit"`
+	KeyChanged        *ebpf.Program `ebpf:"key_changed"`
 	Look              *ebpf.Program `ebpf:"look"`
+	PeerCreated       *ebpf.Program `ebpf:"peer_created"`
 	SetPeerEndpoint   *ebpf.Program `ebpf:"set_peer_endpoint"`
 }
 
@@ -204,7 +213,9 @@ func (p *peerPrograms) Close() error {
 		p.HandshakeComplete,
 		p.HandshakeEnter,
 		p.HandshakeExit,
+		p.KeyChanged,
 		p.Look,
+		p.PeerCreated,
 		p.SetPeerEndpoint,
 	)
 }

@@ -4,7 +4,7 @@
  * running kernel (CO-RE), so that offsets and other members do not matter.
  *
  * The WireGuard types are those of drivers/net/wireguard/{peer,device,noise,
- * socket}.h, the same from 6.1 to 6.12.
+ * cookie,socket}.h, the same from 6.1 to 6.12.
  */
 #ifndef WGROAM_WIREGUARD_H
 #define WGROAM_WIREGUARD_H
@@ -95,6 +95,10 @@ struct noise_handshake {
 
 struct wg_device {
 	struct net_device *dev;
+};
+
+struct cookie_checker {
+	struct wg_device *device;
 };
 
 struct wg_peer {

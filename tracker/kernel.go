@@ -32,7 +32,7 @@ type Kernel struct {
 	looks   looks
 	was     counts    // of the hook
 	past    counts    // of those before it
-	check   time.Time // when to ask whether the hook was skipped
+	check   time.Time // when to ask for what makes no event
 	owed    bool      // events were lost, and have not been recovered
 	flushes *flusher  // of the hook
 	reader  sync.WaitGroup
@@ -41,7 +41,7 @@ type Kernel struct {
 
 // counts are what the kernel has counted.
 type counts struct {
-	lost, limited, missed uint64
+	lost, limited, silent uint64
 }
 
 // subscriber is told of one device's events, by the goroutine that reads the
@@ -55,8 +55,9 @@ type subscriber struct {
 	// lost is called when events are missing: for the first time since the newest
 	// of each peer were delivered again, by event, or once more.
 	lost func(first bool)
-	// missed is called when the hook was not run for a packet.
-	missed func()
+	// silent is called when there may be something that makes no event: a new peer or
+	// private key, or a packet for which the hook was not run.
+	silent func()
 	// broken is called when the hook is gone for good.
 	broken func(error)
 }
@@ -235,23 +236,29 @@ func (k *Kernel) count(hook *bpf.Hook, now time.Time) error {
 		return err
 	}
 	was := k.was
-	missed := was.missed
+	silent := was.silent
 	if now.After(k.check) { // it takes a few system calls
 		k.check = now.Add(idle)
-		if missed, err = hook.Missed(); err != nil {
+		missed, err := hook.Missed()
+		if err != nil {
 			return err
 		}
+		configured, err := hook.Configured()
+		if err != nil {
+			return err
+		}
+		silent = missed + configured
 	}
-	k.was = counts{lost: lost, limited: limited.Peer + limited.All, missed: missed}
+	k.was = counts{lost: lost, limited: limited.Peer + limited.All, silent: silent}
 	if lost != was.lost {
 		for _, s := range k.subs {
 			s.lost(!k.owed)
 		}
 		k.owed, k.looks.all = true, true
 	}
-	if missed != was.missed {
+	if silent != was.silent {
 		for _, s := range k.subs {
-			s.missed()
+			s.silent()
 		}
 	}
 	return nil
@@ -286,7 +293,7 @@ func (k *Kernel) Limited() uint64 {
 
 // counts is called with k.mu held.
 func (k *Kernel) counts() counts {
-	return counts{k.past.lost + k.was.lost, k.past.limited + k.was.limited, k.past.missed + k.was.missed}
+	return counts{k.past.lost + k.was.lost, k.past.limited + k.was.limited, k.past.silent + k.was.silent}
 }
 
 // Close detaches the hook.

@@ -85,7 +85,7 @@ func (t *Tracker) climbHook() (Rung, error) {
 	t.dumped, t.hookErr = max(t.dumped, boot), nil
 	t.mu.Unlock()
 	fallback, err := t.cfg.Kernel.follow(t.id(), t.ladder.peerCount, &subscriber{
-		event: t.event, settled: t.settled, lost: t.lost, missed: t.wantDump,
+		event: t.event, settled: t.settled, lost: t.lost, silent: t.wantDump,
 		broken: t.hookBreaks,
 	})
 	switch {

@@ -358,7 +358,7 @@ func (t *Tracker) wakeBroken() {
 }
 
 // Refresh asks for a dump of the device, as soon as the others leave time for it:
-// nothing tells of peers that are added without an endpoint.
+// without the hook, nothing tells of peers that are added without an endpoint.
 func (t *Tracker) Refresh() { t.wantDump() }
 
 func (t *Tracker) wantDump() {
