@@ -652,6 +652,34 @@ func hookConfirmed(t *testing.T) {
 	}
 }
 
+// TestHookUnnoted: where there is no room to note what kind of packet a handshake is, it
+// is not taken for data, which would be proof.
+func TestHookUnnoted(t *testing.T) { eachRung(t, hookUnnoted) }
+
+func hookUnnoted(t *testing.T) {
+	s := newSite(t)
+	m := s.hook.objs.Handshakes
+	var tasks, notes = make([]uint64, m.MaxEntries()), make([]struct{ Peer, BootNS, Type uint64 }, m.MaxEntries())
+	for i := range tasks {
+		tasks[i] = 1<<63 + uint64(i) // of nobody
+	}
+	t.Cleanup(func() {
+		_, err := m.BatchDelete(tasks, nil)
+		if err := errors.Join(err, s.hook.objs.Unnoted.Set(uint64(0))); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := m.BatchUpdate(tasks, notes, nil); err != nil {
+		t.Fatal(err)
+	}
+	lost := s.lost()
+	s.reach()
+	s.want(Event{New: s.c.Endpoint(), Cause: wgroam.CauseInitiation})
+	if s.lost() == lost {
+		t.Error("nothing says that something is missing")
+	}
+}
+
 // TestHookConfigured: new peers and keys are counted, endpoints are not.
 func TestHookConfigured(t *testing.T) { eachRung(t, hookConfigured) }
 

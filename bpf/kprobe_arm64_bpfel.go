@@ -34,6 +34,7 @@ const (
 	kprobeVarLimitAll           = "limit_all"
 	kprobeVarLooked             = "looked"
 	kprobeVarSentByAll          = "sent_by_all"
+	kprobeVarUnnoted            = "unnoted"
 )
 
 // loadKprobe returns the embedded CollectionSpec for kprobe.
@@ -108,6 +109,7 @@ type kprobeVariableSpecs struct {
 	LimitAll         *ebpf.VariableSpec `ebpf:"limit_all"`
 	Looked           *ebpf.VariableSpec `ebpf:"looked"`
 	SentByAll        *ebpf.VariableSpec `ebpf:"sent_by_all"`
+	Unnoted          *ebpf.VariableSpec `ebpf:"unnoted"`
 }
 
 // kprobeObjects contains all objects after they have been loaded into the kernel.
@@ -156,6 +158,7 @@ type kprobeVariables struct {
 	LimitAll         *ebpf.Variable `ebpf:"limit_all"`
 	Looked           *ebpf.Variable `ebpf:"looked"`
 	SentByAll        *ebpf.Variable `ebpf:"sent_by_all"`
+	Unnoted          *ebpf.Variable `ebpf:"unnoted"`
 }
 
 // kprobePrograms contains all programs after they have been loaded into the kernel.

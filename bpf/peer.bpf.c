@@ -109,6 +109,9 @@ struct {
 	__type(value, struct handshake);
 } handshakes SEC(".maps");
 
+/* CLOCK_BOOTTIME of the newest handshake message that found no room there. */
+__u64 unnoted;
+
 /* How often a device was given a peer or another private key. They make no event, and
  * are reason for a dump. */
 __u64 configured;
@@ -188,6 +191,9 @@ static __always_inline __u8 cause_of(struct wg_peer *peer, const struct endpoint
 	 * and bring another peer's data. */
 	if (hs && hs->peer == (__u64)peer && !is_over(hs->boot_ns))
 		return hs->type == MESSAGE_HANDSHAKE_RESPONSE ? CAUSE_RESPONSE : CAUSE_INITIATION;
+	/* A handshake, maybe: the weaker evidence. */
+	if (unnoted && !is_over(unnoted))
+		return CAUSE_INITIATION;
 	return CAUSE_DATA;
 }
 
@@ -316,8 +322,10 @@ int PROG(handshake_enter, struct wg_peer *peer, const struct sk_buff *skb)
 	 * weaker evidence. */
 	bpf_probe_read_kernel(&hs.type, sizeof(hs.type), READ(skb->data));
 	/* Full of what is left over: the event will lack its cause, as good as lost. */
-	if (bpf_map_update_elem(&handshakes, &task, &hs, BPF_ANY))
+	if (bpf_map_update_elem(&handshakes, &task, &hs, BPF_ANY)) {
+		unnoted = hs.boot_ns;
 		__sync_fetch_and_add(&events_lost, 1);
+	}
 	return 0;
 }
 

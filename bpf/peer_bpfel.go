@@ -71,6 +71,7 @@ const (
 	peerVarLimitAll           = "limit_all"
 	peerVarLooked             = "looked"
 	peerVarSentByAll          = "sent_by_all"
+	peerVarUnnoted            = "unnoted"
 )
 
 // loadPeer returns the embedded CollectionSpec for peer.
@@ -145,6 +146,7 @@ type peerVariableSpecs struct {
 	LimitAll         *ebpf.VariableSpec `ebpf:"limit_all"`
 	Looked           *ebpf.VariableSpec `ebpf:"looked"`
 	SentByAll        *ebpf.VariableSpec `ebpf:"sent_by_all"`
+	Unnoted          *ebpf.VariableSpec `ebpf:"unnoted"`
 }
 
 // peerObjects contains all objects after they have been loaded into the kernel.
@@ -193,6 +195,7 @@ type peerVariables struct {
 	LimitAll         *ebpf.Variable `ebpf:"limit_all"`
 	Looked           *ebpf.Variable `ebpf:"looked"`
 	SentByAll        *ebpf.Variable `ebpf:"sent_by_all"`
+	Unnoted          *ebpf.Variable `ebpf:"unnoted"`
 }
 
 // peerPrograms contains all programs after they have been loaded into the kernel.
