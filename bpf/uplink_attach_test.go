@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -907,19 +908,22 @@ func TestUplinkWireGuard(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	// awaitEvent makes traffic, and drops events until the one.
+	// awaitEvent makes traffic until there has been an event. It may be there before:
+	// of what Reach has sent until the first answer, some is still on its way when the
+	// client moves, and comes from its new place.
+	var seen []UplinkEvent
 	awaitEvent := func(kind UplinkKind, addr netip.AddrPort, traffic func() error) (found UplinkEvent) {
 		t.Helper()
 		await(t, fmt.Sprintf("%v at %v", kind, addr), func() bool {
 			if err := traffic(); err != nil {
 				t.Fatal(err)
 			}
-			for _, e := range w.events() {
-				if e.Kind == kind && e.Addr == addr {
-					found = e
-				}
+			seen = append(seen, w.events()...)
+			i := slices.IndexFunc(seen, func(e UplinkEvent) bool { return e.Kind == kind && e.Addr == addr })
+			if i >= 0 {
+				found = seen[i]
 			}
-			return found.Kind != 0
+			return i >= 0
 		})
 		return found
 	}
