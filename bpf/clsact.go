@@ -113,17 +113,20 @@ func (c *clsact) add(parent uint32, prog *ebpf.Program, owner process) error {
 	return nil
 }
 
-func (c *clsact) attached(int) bool {
+func (c *clsact) attached(int) (bool, error) {
 	n := 0
 	for _, parent := range clsactParents {
-		filters, _ := c.nl.FilterList(c.link, parent) // of a link that is gone: none
+		filters, err := c.nl.FilterList(c.link, parent)
+		if err != nil && !isGone(err) {
+			return false, fmt.Errorf("list filters: %w", err)
+		}
 		for _, f := range filters {
 			if c.owns(f) {
 				n++
 			}
 		}
 	}
-	return n == len(clsactParents)
+	return n == len(clsactParents), nil
 }
 
 func (c *clsact) owns(f netlink.Filter) bool {

@@ -123,8 +123,8 @@ type Uplink struct {
 // attachment is the two programs on a link.
 type attachment interface {
 	// attached reports whether they are still there, on the link that has the index
-	// now.
-	attached(ifindex int) bool
+	// now. An error says nothing of that.
+	attached(ifindex int) (bool, error)
 	// detach removes them. It is no error that they, or the link, are gone.
 	detach() error
 }
@@ -197,7 +197,11 @@ func (u *Uplink) Attach(ifindex int) error {
 		return fmt.Errorf("attach to link %d: %w", ifindex, ErrClosed)
 	}
 	if a := u.links[ifindex]; a != nil {
-		if a.attached(ifindex) {
+		ok, err := a.attached(ifindex)
+		if err != nil {
+			return fmt.Errorf("look for the programs on link %d: %w", ifindex, err)
+		}
+		if ok {
 			return nil
 		}
 		_ = u.detach(ifindex) // what is left of it
@@ -284,23 +288,32 @@ func attachTCX(ifindex int, in, out *ebpf.Program) (attachment, error) {
 	return t, nil
 }
 
-func (t tcx) attached(ifindex int) bool {
+func (t tcx) attached(ifindex int) (bool, error) {
 	for i, l := range t {
 		info, err := l.Info()
+		if err != nil {
+			return false, err
+		}
 		// The index is 0 when the device has gone (tcx.c, tcx_link_fill_info).
-		if err != nil || info.TCX() == nil || info.TCX().Ifindex == 0 {
-			return false
+		if info.TCX() == nil || info.TCX().Ifindex == 0 {
+			return false, nil
 		}
 		// Or another namespace has it now, and there is a new link here.
 		there, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: tcxWays[i]})
-		if err != nil || !slices.ContainsFunc(there.Programs, func(p link.AttachedProgram) bool {
+		if errors.Is(err, unix.ENODEV) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if !slices.ContainsFunc(there.Programs, func(p link.AttachedProgram) bool {
 			id, ok := p.LinkID()
 			return ok && id == info.ID
 		}) {
-			return false
+			return false, nil
 		}
 	}
-	return true
+	return true, nil
 }
 
 func (t tcx) detach() error {

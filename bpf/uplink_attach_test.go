@@ -533,13 +533,13 @@ func TestUplinkLinkGone(t *testing.T) {
 			if err := u.Attach(index); err != nil {
 				t.Fatal(err)
 			}
-			if a := u.links[index]; !a.attached(index) {
+			if !isAttached(t, u, index) {
 				t.Error("not attached")
 			}
 			if err := netlink.LinkDel(l); err != nil {
 				t.Fatal(err)
 			}
-			if a := u.links[index]; a.attached(index) {
+			if isAttached(t, u, index) {
 				t.Error("still attached")
 			}
 			if forget {
@@ -553,6 +553,38 @@ func TestUplinkLinkGone(t *testing.T) {
 		}
 	})
 }
+
+func isAttached(t *testing.T, u *Uplink, index int) bool {
+	t.Helper()
+	ok, err := u.links[index].attached(index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ok
+}
+
+// TestUplinkUnknown: where it cannot be told whether the programs are still on a link,
+// they stay, and the error says so.
+func TestUplinkUnknown(t *testing.T) {
+	needRoot(t)
+	u := openUplink(t, 1)
+	a := &unknown{}
+	u.links[77] = a
+	if err := u.Attach(77); !errors.Is(err, errUnknown) {
+		t.Errorf("Attach: %v, want %v", err, errUnknown)
+	}
+	if a.detached {
+		t.Error("detached")
+	}
+}
+
+// unknown is an attachment that cannot be asked for.
+type unknown struct{ detached bool }
+
+var errUnknown = errors.New("no answer")
+
+func (*unknown) attached(int) (bool, error) { return false, errUnknown }
+func (u *unknown) detach() error            { u.detached = true; return nil }
 
 // TestUplinkLinkMoved: a link goes to another namespace, with the programs and with
 // its number, and another one gets the number here.
@@ -583,13 +615,13 @@ func TestUplinkLinkMoved(t *testing.T) {
 			}
 			l := linkOf(t, "mover")
 			defer func() { _ = netlink.LinkDel(linkOf(t, fmt.Sprint("peer", i))) }()
-			if a := u.links[index]; a != nil && a.attached(index) {
+			if u.links[index] != nil && isAttached(t, u, index) {
 				t.Error("attached to a link that has moved")
 			}
 			if err := u.Attach(index); err != nil {
 				t.Fatal(err)
 			}
-			if a := u.links[index]; !a.attached(index) {
+			if !isAttached(t, u, index) {
 				t.Error("not attached")
 			}
 			if i > 0 {
