@@ -107,7 +107,7 @@ func (t *Tracker) climbPort() (other bool) {
 		return false
 	}
 	t.mu.Lock()
-	t.sessions, t.unnamed, t.hinted, t.since = newSessions(), nil, 0, time.Now()
+	t.sessions, t.unnamed, t.strays, t.hinted, t.since = newSessions(), nil, hints{}, 0, time.Now()
 	for _, p := range t.peers {
 		p.heard = false // of sessions that are older than the program there will be no hint
 	}

@@ -111,6 +111,7 @@ type Tracker struct {
 	since    time.Time // when we came there
 	sessions *sessions
 	unnamed  []bpf.UplinkEvent // handshakes of peers that are not known yet
+	strays   hints             // under indexes that have no name
 	hinted   time.Duration     // CLOCK_BOOTTIME of the newest hint that wants a dump
 	blind    bool              // the program does not see all of the device's packets
 	deaf     time.Duration     // CLOCK_BOOTTIME until which what has not been heard may yet have been said

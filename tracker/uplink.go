@@ -153,6 +153,8 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 		k, ok := t.sessions.local[e.Local]
 		p := t.peers[k]
 		if !ok || p == nil {
+			// The handshake was lost, or is of a peer that is not known yet.
+			t.strays.add(hint{e.Addr, e.Boot})
 			t.hinted = e.Boot
 			t.wantDump()
 			return
@@ -261,13 +263,14 @@ func (t *Tracker) missed() {
 // explained reports whether a peer's packets can have brought the endpoint of a
 // dump that began at start, and since when that is known. If there was no hint, it
 // was configured; but if there cannot have been one, it is enough that the peer
-// spoke: when hints are missing or were never had of its session, or when it was
-// there before, for then it is not hinted at again.
+// spoke: when hints are missing or were never had of its session, when one from there
+// had no name, or when it was there before, for then it is not hinted at again.
 func (t *Tracker) explained(p *peer, ep netip.AddrPort, spoke bool, start time.Duration) (yes bool, since time.Duration) {
 	if boot, ok := p.hints.from(ep, start); ok && boot > p.since {
 		return true, min(boot, start)
 	}
-	if t.blind || start < t.deaf || start < p.hints.full || !p.heard || p.pending != nil || p.hints.list[0].from == ep {
+	_, stray := t.strays.from(ep, start)
+	if stray || t.blind || start < t.deaf || start < p.hints.full || !p.heard || p.pending != nil || p.hints.list[0].from == ep {
 		return spoke, start
 	}
 	return false, start

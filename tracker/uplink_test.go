@@ -242,6 +242,14 @@ func TestUplink(t *testing.T) {
 			},
 			changed: moved(2, wgroam.CauseConfig), dump: true,
 		},
+		"a dump when there was a hint under an index that has no name": {
+			feed: func(f *fed) {
+				f.hinted(50, 10, 1)
+				f.hinted(60, 99, 2)
+				f.dumped(300, dumpResync, seen(f, 2, 200)...)
+			},
+			changed: moved(2, wgroam.CauseData), proven: true, dump: true,
+		},
 		"a dump when she never was hinted at": {
 			feed:    func(f *fed) { f.dumped(100, dumpResync, seen(f, 2, 200)...) },
 			changed: moved(2, wgroam.CauseData), proven: true,
