@@ -634,7 +634,19 @@ func TestPortElsewhere(t *testing.T) {
 	l := newLab(t, lab.Config{})
 	gw := l.Gateways[0]
 	here := func(f func() error) error { return f() }
-	name, target := "wgroam-socket", "wgroam-link"
+	// Names and a port that no other run on this machine has.
+	unique := rand.Text()
+	name, target := "socket-"+unique, "link-"+unique
+	free := 0
+	err := gw.WG().ConfigureDevice(gw.Device(), wgtypes.Config{ListenPort: &free})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := gw.WG().Device(gw.Device())
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := uint16(d.ListenPort)
 	run(t, here, "ip", "netns", "add", target)
 	t.Cleanup(func() { run(t, here, "ip", "netns", "del", target) })
 	run(t, here, "touch", "/run/netns/"+name)
@@ -648,7 +660,7 @@ func TestPortElsewhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer space.Close()
-	found, named, err := locate(space, lab.ListenPort)
+	found, named, err := locate(space, port)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -670,7 +682,7 @@ func TestPortElsewhere(t *testing.T) {
 	// The name goes. Who stayed would keep the namespace for ever.
 	var p Port
 	defer p.Close()
-	tap, err := p.follow(space, lab.ListenPort, 1, &portSubscriber{
+	tap, err := p.follow(space, port, 1, &portSubscriber{
 		event: func(bpf.UplinkEvent) {}, foreign: func() {}, lost: func() {}, broken: func(error) {},
 	})
 	if err != nil {
@@ -685,7 +697,7 @@ func TestPortElsewhere(t *testing.T) {
 		t.Errorf("a guess, with no socket at home: %v, %v", ok, err)
 	}
 	err = space.Do(func() error {
-		c, err := net.ListenPacket("udp4", fmt.Sprintf(":%d", lab.ListenPort))
+		c, err := net.ListenPacket("udp4", fmt.Sprintf(":%d", port))
 		if err == nil {
 			t.Cleanup(func() { c.Close() })
 		}
@@ -697,7 +709,7 @@ func TestPortElsewhere(t *testing.T) {
 	if ok, err := tap.guess(space); !ok || err != nil {
 		t.Errorf("a guess, with a socket at home: %v, %v", ok, err)
 	}
-	if home, named, err := locate(space, lab.ListenPort); err != nil || named != nil {
+	if home, named, err := locate(space, port); err != nil || named != nil {
 		t.Errorf("located under a name (%v), not at home: %v", named, err)
 	} else {
 		home.Close()
