@@ -220,19 +220,16 @@ func (t *Tracker) choose(rung Rung) {
 	}
 }
 
-// interval is how often the device is read anyway.
-func (t *Tracker) interval() time.Duration {
+// interval is how often the device is read anyway, and why: at the UDP port it is
+// polled as well while there are links that the program does not see, or may be sessions
+// that are older than it.
+func (t *Tracker) interval() (time.Duration, dumpReason) {
 	rung := t.Status().Rung
-	if rung == RungPolling || rung == RungPort && (t.young() || t.ladder.tap.unwatched() != nil) {
-		return t.cfg.Poll
+	if rung == RungPolling || rung == RungPort && (time.Since(t.since) < rejectAfter || t.ladder.tap.unwatched() != nil) {
+		return t.cfg.Poll, dumpPoll
 	}
-	return t.cfg.Sweep
+	return t.cfg.Sweep, dumpSweep
 }
-
-// young reports whether there may be sessions that are older than the program at
-// the port, which knows nothing of them. It is called with or without t.mu held:
-// since does not change while the tracker is on the rung.
-func (t *Tracker) young() bool { return time.Since(t.since) < rejectAfter }
 
 // leave leaves whatever rung the tracker is on.
 func (t *Tracker) leave() error {

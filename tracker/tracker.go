@@ -206,7 +206,7 @@ func (t *Tracker) id() bpf.Device {
 func (t *Tracker) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, t.leave()) }()
 
-	every := t.interval()
+	every, regular := t.interval()
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	climb := time.NewTicker(t.cfg.Sweep)
@@ -228,7 +228,7 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 				err = t.dump(ctx, dumpResync)
 			}
 		case <-tick.C:
-			why := dumpSweep
+			why := regular
 			if due != nil {
 				why = dumpResync // the one that is wanted would have found it, too
 			}
@@ -252,8 +252,8 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 			// The next dump may succeed; the rung goes on meanwhile.
 			t.cfg.Log.Error("cannot read device", "err", err)
 		}
-		if now := t.interval(); now != every {
-			every = now
+		if now, why := t.interval(); now != every {
+			every, regular = now, why
 			tick.Reset(every)
 		}
 	}
@@ -402,7 +402,8 @@ type dumpReason int
 const (
 	dumpStart dumpReason = iota
 	dumpResync
-	dumpSweep // or a poll, on the polling rung
+	dumpPoll
+	dumpSweep
 )
 
 // dump reads the device, and all events from before that.
@@ -457,7 +458,6 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 	onPort := t.status.Rung == RungPort
 	// The View is the first to know of the applier's writes.
 	unhooked := onPort || t.status.Rung == RungPolling
-	young := onPort && t.young()
 	// later: what the next dump will know.
 	later := onPort && t.hinted > start-late
 	present := make(map[wgroam.Key]bool, len(d.Peers))
@@ -589,7 +589,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 		if known {
 			t.status.Events++
 			// A dump that is wanted would have found it, too.
-			if why == dumpSweep && (!unhooked || onPort && !young && o.Cause.Observed()) && len(t.resync) == 0 {
+			if why == dumpSweep && (!onPort || o.Cause.Observed()) && len(t.resync) == 0 {
 				t.status.SweepRepairs++
 			}
 		}

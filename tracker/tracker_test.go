@@ -530,45 +530,45 @@ func TestPolling(t *testing.T) {
 		cause   wgroam.Cause
 	}{
 		"a roam": {
-			feed:    func(f *fed) { f.dumped(1000, dumpSweep, peer(at(2), 200)) },
+			feed:    func(f *fed) { f.dumped(1000, dumpPoll, peer(at(2), 200)) },
 			changed: []said{{alice, at(1), at(2), wgroam.CauseData}},
 			ep:      at(2), cause: wgroam.CauseData,
 		},
 		"a roam whose bytes are yet to be counted": {
 			feed: func(f *fed) {
-				f.dumped(1000, dumpSweep, peer(at(2), 100))
-				f.dumped(2000, dumpSweep, peer(at(2), 200))
+				f.dumped(1000, dumpPoll, peer(at(2), 100))
+				f.dumped(2000, dumpPoll, peer(at(2), 200))
 			},
 			changed: []said{{alice, at(1), at(2), wgroam.CauseData}},
 			ep:      at(2), cause: wgroam.CauseData,
 		},
 		"a roam whose bytes were counted before the endpoint was read": {
 			feed: func(f *fed) {
-				f.dumped(1000, dumpSweep, peer(at(1), 200))
-				f.dumped(2000, dumpSweep, peer(at(2), 200))
+				f.dumped(1000, dumpPoll, peer(at(1), 200))
+				f.dumped(2000, dumpPoll, peer(at(2), 200))
 			},
 			changed: []said{{alice, at(1), at(2), wgroam.CauseData}},
 			ep:      at(2), cause: wgroam.CauseData,
 		},
 		"a roam of a peer that was removed and added again": {
-			feed:    func(f *fed) { f.dumped(1000, dumpSweep, peer(at(2), 50)) },
+			feed:    func(f *fed) { f.dumped(1000, dumpPoll, peer(at(2), 50)) },
 			changed: []said{{alice, at(1), at(2), wgroam.CauseData}},
 			ep:      at(2), cause: wgroam.CauseData,
 		},
 		"configuration long after the peer spoke": {
 			feed: func(f *fed) {
-				f.dumped(1000, dumpSweep, peer(at(1), 200))
-				f.dumped(2000, dumpSweep, peer(at(1), 200))
-				f.dumped(3000, dumpSweep, peer(at(2), 200))
-				f.dumped(4000, dumpSweep, peer(at(2), 200))
+				f.dumped(1000, dumpPoll, peer(at(1), 200))
+				f.dumped(2000, dumpPoll, peer(at(1), 200))
+				f.dumped(3000, dumpPoll, peer(at(2), 200))
+				f.dumped(4000, dumpPoll, peer(at(2), 200))
 			},
 			changed: []said{{alice, at(1), at(2), wgroam.CauseConfig}},
 			ep:      at(2), cause: wgroam.CauseConfig,
 		},
 		"configuration": {
 			feed: func(f *fed) {
-				f.dumped(1000, dumpSweep, peer(at(2), 100))
-				f.dumped(2000, dumpSweep, peer(at(2), 100))
+				f.dumped(1000, dumpPoll, peer(at(2), 100))
+				f.dumped(2000, dumpPoll, peer(at(2), 100))
 			},
 			changed: []said{{alice, at(1), at(2), wgroam.CauseConfig}},
 			ep:      at(2), cause: wgroam.CauseConfig,
@@ -576,16 +576,16 @@ func TestPolling(t *testing.T) {
 		"the applier's write": {
 			feed: func(f *fed) {
 				note(f, 900, at(2))
-				f.dumped(1000, dumpSweep, peer(at(2), 200))
-				f.dumped(2000, dumpSweep, peer(at(2), 300))
+				f.dumped(1000, dumpPoll, peer(at(2), 200))
+				f.dumped(2000, dumpPoll, peer(at(2), 300))
 			},
 			ep: at(2), cause: wgroam.CauseConfig,
 		},
 		"the applier's write while the device is read": {
 			feed: func(f *fed) {
 				note(f, 1001, at(2))
-				f.dumped(1000, dumpSweep, peer(at(1), 200))
-				f.dumped(2000, dumpSweep, peer(at(2), 300))
+				f.dumped(1000, dumpPoll, peer(at(1), 200))
+				f.dumped(2000, dumpPoll, peer(at(2), 300))
 			},
 			ep: at(2), cause: wgroam.CauseConfig,
 		},
@@ -593,16 +593,16 @@ func TestPolling(t *testing.T) {
 			feed: func(f *fed) {
 				note(f, 1001, at(2))
 				note(f, 1002, at(3))
-				f.dumped(1000, dumpSweep, peer(at(2), 200))
-				f.dumped(2000, dumpSweep, peer(at(3), 300))
+				f.dumped(1000, dumpPoll, peer(at(2), 200))
+				f.dumped(2000, dumpPoll, peer(at(3), 300))
 			},
 			ep: at(3), cause: wgroam.CauseConfig,
 		},
 		"the applier's write, and a roam at once": {
 			feed: func(f *fed) {
 				note(f, 990, at(2))
-				f.dumped(1000, dumpSweep, peer(at(3), 200))
-				f.dumped(2000, dumpSweep, peer(at(3), 200))
+				f.dumped(1000, dumpPoll, peer(at(3), 200))
+				f.dumped(2000, dumpPoll, peer(at(3), 200))
 			},
 			changed: []said{{alice, at(1), at(3), wgroam.CauseData}},
 			ep:      at(3), cause: wgroam.CauseData,
@@ -610,15 +610,15 @@ func TestPolling(t *testing.T) {
 		"the applier has yet to write": {
 			feed: func(f *fed) {
 				note(f, 999, at(2))
-				f.dumped(1000, dumpSweep, peer(at(1), 200))
-				f.dumped(2000, dumpSweep, peer(at(2), 300))
+				f.dumped(1000, dumpPoll, peer(at(1), 200))
+				f.dumped(2000, dumpPoll, peer(at(2), 300))
 			},
 			ep: at(2), cause: wgroam.CauseConfig,
 		},
 		"the applier's write, and the peer comes back": {
 			feed: func(f *fed) {
 				note(f, 300, at(2))
-				f.dumped(1000, dumpSweep, peer(at(1), 200))
+				f.dumped(1000, dumpPoll, peer(at(1), 200))
 			},
 			changed: []said{{alice, at(2), at(1), wgroam.CauseData}},
 			ep:      at(1), cause: wgroam.CauseData,
@@ -626,14 +626,14 @@ func TestPolling(t *testing.T) {
 		"the applier's write was of no effect": {
 			feed: func(f *fed) {
 				note(f, 300, at(2))
-				f.dumped(1000, dumpSweep, peer(at(1), 100))
+				f.dumped(1000, dumpPoll, peer(at(1), 100))
 			},
 			ep: at(1), cause: wgroam.CauseConfig,
 		},
 		"the applier's write, and a roam": {
 			feed: func(f *fed) {
 				note(f, 300, at(2))
-				f.dumped(1000, dumpSweep, peer(at(3), 200))
+				f.dumped(1000, dumpPoll, peer(at(3), 200))
 			},
 			changed: []said{{alice, at(1), at(3), wgroam.CauseData}},
 			ep:      at(3), cause: wgroam.CauseData,

@@ -11,13 +11,8 @@ import (
 	"github.com/wgroam/wgroam/internal/wg"
 )
 
-// atPort is a tracker on the rung port that a test feeds. All sessions are younger
-// than the program, unless the test says otherwise.
-func atPort(t testing.TB) *fed {
-	f := newFed(t, RungPort)
-	f.since = f.wall.Add(-rejectAfter)
-	return f
-}
+// atPort is a tracker on the rung port that a test feeds.
+func atPort(t testing.TB) *fed { return newFed(t, RungPort) }
 
 // passed feeds what the program at the port says at a time.
 func (f *fed) passed(ms int, e bpf.UplinkEvent) {
@@ -64,6 +59,13 @@ func TestUplink(t *testing.T) {
 		}
 	}
 	moved := func(to int, cause wgroam.Cause) []said { return []said{{alice, at(1), at(to), cause}} }
+	// What most of them begin with, and end with.
+	answered := func(f *fed) { f.responded(100, alice, 12, 23, 2) }
+	completed := func(f *fed, handshake, dump int) {
+		peers := seen(f, 2, 200)
+		peers[0].LastHandshake = f.wall.Add(time.Duration(handshake) * time.Millisecond)
+		f.dumped(dump, dumpResync, peers...)
+	}
 	tests := map[string]struct {
 		feed    func(*fed)
 		changed []said
@@ -103,33 +105,31 @@ func TestUplink(t *testing.T) {
 		"an initiation to where she is":        {feed: func(f *fed) { f.initiated(100, alice, 12, 1) }},
 		"an initiation to elsewhere":           {feed: func(f *fed) { f.initiated(100, alice, 12, 2) }, dump: true},
 		"a response": {
-			feed:    func(f *fed) { f.responded(100, alice, 12, 23, 2) },
+			feed:    answered,
 			changed: moved(2, wgroam.CauseInitiation),
 		},
 		"a response, seen on two links": {
-			feed:    func(f *fed) { f.responded(100, alice, 12, 23, 2); f.responded(101, alice, 12, 23, 2) },
+			feed:    func(f *fed) { answered(f); f.responded(101, alice, 12, 23, 2) },
 			changed: moved(2, wgroam.CauseInitiation),
 		},
 		"a response, and data under its session": {
 			feed: func(f *fed) {
-				f.responded(100, alice, 12, 23, 2)
+				answered(f)
 				f.data(110, bpf.UplinkConfirmed, 23, 2)
 			},
 			changed: moved(2, wgroam.CauseInitiation), dump: true,
 		},
 		"a response, data under its session, and a dump": {
 			feed: func(f *fed) {
-				f.responded(100, alice, 12, 23, 2)
+				answered(f)
 				f.data(110, bpf.UplinkConfirmed, 23, 2)
-				peers := seen(f, 2, 200)
-				peers[0].LastHandshake = f.wall.Add(109 * time.Millisecond)
-				f.dumped(120, dumpResync, peers...)
+				completed(f, 109, 120)
 			},
 			changed: moved(2, wgroam.CauseInitiation), proven: true, dump: true,
 		},
 		"a response, and data under the session before": {
 			feed: func(f *fed) {
-				f.responded(100, alice, 12, 23, 2)
+				answered(f)
 				f.moved(110, 20, 1, 2)
 				f.data(111, bpf.UplinkConfirmed, 20, 2)
 			},
@@ -150,17 +150,9 @@ func TestUplink(t *testing.T) {
 			},
 			changed: moved(2, wgroam.CauseInitiation), dump: true,
 		},
-		"a response when there may be older sessions, and data": {
-			feed: func(f *fed) {
-				f.since = f.wall
-				f.responded(100, alice, 12, 23, 2)
-				f.data(110, bpf.UplinkConfirmed, 23, 2)
-			},
-			changed: moved(2, wgroam.CauseInitiation), dump: true,
-		},
 		"a response, another one, and data under its session": {
 			feed: func(f *fed) {
-				f.responded(100, alice, 12, 23, 2)
+				answered(f)
 				f.responded(200, alice, 13, 24, 2)
 				f.data(210, bpf.UplinkConfirmed, 24, 2)
 			},
@@ -168,11 +160,9 @@ func TestUplink(t *testing.T) {
 		},
 		"a response, another one, and a dump that has the handshake of the first": {
 			feed: func(f *fed) {
-				f.responded(100, alice, 12, 23, 2)
+				answered(f)
 				f.responded(200, alice, 13, 24, 2)
-				peers := seen(f, 2, 200)
-				peers[0].LastHandshake = f.wall.Add(150 * time.Millisecond)
-				f.dumped(300, dumpResync, peers...)
+				completed(f, 150, 300)
 			},
 			changed: moved(2, wgroam.CauseInitiation),
 		},
@@ -206,7 +196,7 @@ func TestUplink(t *testing.T) {
 		},
 		"a response, and something forged": {
 			feed: func(f *fed) {
-				f.responded(100, alice, 12, 23, 2)
+				answered(f)
 				f.hinted(110, 12, 2)
 				f.moved(111, 20, 1, 2)
 				f.dumped(200, dumpResync, seen(f, 2, 200)...)
@@ -215,11 +205,9 @@ func TestUplink(t *testing.T) {
 		},
 		"a response, and the end of the handshake": {
 			feed: func(f *fed) {
-				f.responded(100, alice, 12, 23, 2)
+				answered(f)
 				f.hinted(110, 12, 2)
-				p := seen(f, 2, 200)
-				p[0].LastHandshake = f.wall.Add(110 * time.Millisecond)
-				f.dumped(300, dumpResync, p...)
+				completed(f, 110, 300)
 			},
 			changed: moved(2, wgroam.CauseInitiation), proven: true, dump: true,
 		},
@@ -272,7 +260,7 @@ func TestUplink(t *testing.T) {
 			changed: moved(2, wgroam.CauseData), proven: true, dump: true,
 		},
 		"an event that a dump has overtaken": {
-			feed: func(f *fed) { f.dumped(200, dumpSweep, seen(f, 1, 100)...); f.responded(100, alice, 12, 23, 2) },
+			feed: func(f *fed) { f.dumped(200, dumpSweep, seen(f, 1, 100)...); answered(f) },
 			dump: true,
 		},
 		"an event while the device was read": {
@@ -335,10 +323,6 @@ func TestUplinkConfigured(t *testing.T) {
 		back int // where the administrator sets her
 	}{
 		"bytes in a dump": {func(f *fed) {
-			f.dumped(100, dumpResync, seen(f, 2, 200))
-		}, 3},
-		"bytes before the first dump, young": {func(f *fed) {
-			f.since = f.wall
 			f.dumped(100, dumpResync, seen(f, 2, 200))
 		}, 3},
 		"bytes behind an event": {func(f *fed) {
@@ -415,18 +399,15 @@ func TestUplinkNewPeer(t *testing.T) {
 	f.want(nil, nil)
 }
 
-// TestUplinkRepairs: what a sweep finds that a hint should have told is counted,
-// but not while there are sessions that cannot be known.
+// TestUplinkRepairs: what a sweep finds that a hint should have told is counted. A poll
+// is there to find what nothing tells.
 func TestUplinkRepairs(t *testing.T) {
-	for _, young := range []bool{false, true} {
+	for why, want := range map[dumpReason]uint64{dumpSweep: 1, dumpPoll: 0} {
 		f := atPort(t)
-		if young {
-			f.since = f.wall
-		}
 		f.dumped(0, dumpStart, wg.Peer{Key: alice, Endpoint: at(1), LastHandshake: f.wall, Received: 1})
-		f.dumped(1000, dumpSweep, wg.Peer{Key: alice, Endpoint: at(2), LastHandshake: f.wall, Received: 2})
-		if n := f.Status().SweepRepairs; (n == 1) == young {
-			t.Errorf("young: %v, %d repairs", young, n)
+		f.dumped(1000, why, wg.Peer{Key: alice, Endpoint: at(2), LastHandshake: f.wall, Received: 2})
+		if n := f.Status().SweepRepairs; n != want {
+			t.Errorf("%d repairs, want %d", n, want)
 		}
 	}
 }
