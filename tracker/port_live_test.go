@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/bpf"
 	"github.com/wgroam/wgroam/internal/lab"
@@ -100,9 +102,15 @@ func TestPortTwo(t *testing.T) {
 	}
 }
 
-// TestPortBulk: the peer roams in the midst of TCP in both directions.
+// TestPortBulk: the peer roams in the midst of TCP in both directions; also where
+// wireguard-go gives the kernel many packets as one, and takes them so.
 func TestPortBulk(t *testing.T) {
-	l := newLab(t, lab.Config{})
+	t.Run("one by one", func(t *testing.T) { portBulk(t, lab.Config{}) })
+	t.Run("GSO and GRO", func(t *testing.T) { portBulk(t, lab.Config{Userspace: true, Batches: true}) })
+}
+
+func portBulk(t *testing.T, cfg lab.Config) {
+	l := newLab(t, cfg)
 	gw, c := l.Gateways[0], l.Clients[0]
 	v := start(t, gw, ported(t))
 	reach(t, c)
@@ -175,6 +183,23 @@ func TestPortBulk(t *testing.T) {
 		flows()
 	}
 	v.only(c, eps...)
+	// Of a link between namespaces, such a packet is counted as one.
+	err = gw.Do(func() error {
+		link, err := netlink.LinkByName("lan0")
+		if err != nil {
+			return err
+		}
+		n := link.Attrs().Statistics
+		in, out := n.RxBytes/n.RxPackets, n.TxBytes/n.TxPackets
+		t.Logf("%d and %d bytes a packet, in and out", in, out)
+		if mtu := uint64(link.Attrs().MTU); cfg.Batches != (in > mtu && out > mtu) {
+			t.Errorf("batches %v at an MTU of %d", cfg.Batches, mtu)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // TestPortBackToHook: a device that had to do with its UDP port gets the hook when that

@@ -156,6 +156,20 @@ func (b *bind) ParseEndpoint(s string) (conn.Endpoint, error) {
 
 func (b *bind) BatchSize() int { return 1 }
 
+// batchBind is wireguard-go's own bind, with its sockets in a namespace.
+type batchBind struct {
+	conn.Bind
+	ns *namespace
+}
+
+func (b *batchBind) Open(port uint16) (receive []conn.ReceiveFunc, actual uint16, err error) {
+	err = b.ns.do(func() (err error) {
+		receive, actual, err = b.Bind.Open(port)
+		return err
+	})
+	return receive, actual, err
+}
+
 // endpoint is a peer's address and, from a received packet, our own: a PKTINFO
 // control message, which says the same thing when it is sent.
 type endpoint struct {

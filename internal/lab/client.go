@@ -95,7 +95,7 @@ func (c *Client) makeDevice(log *slog.Logger) error {
 		Peers:        []wgtypes.PeerConfig{c.peer()},
 	}
 	var err error
-	c.dev, err = newWGDevice(c.lab.clients, name, c.program, c.lab.Kernel, log,
+	c.dev, err = newWGDevice(c.lab, c.lab.clients, name, c.program, log,
 		netip.PrefixFrom(c.Inner4, inner4.Bits()), netip.PrefixFrom(c.Inner6, inner6.Bits()), cfg)
 	return err
 }

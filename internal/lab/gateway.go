@@ -85,7 +85,7 @@ func (g *Gateway) makeDevice(log *slog.Logger) error {
 		})
 	}
 	var err error
-	g.dev, err = newWGDevice(g.ns, name, g.program, g.lab.Kernel, log, inner4, inner6, cfg)
+	g.dev, err = newWGDevice(g.lab, g.ns, name, g.program, log, inner4, inner6, cfg)
 	return err
 }
 

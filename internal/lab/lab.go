@@ -86,6 +86,9 @@ type Config struct {
 	OwnSource bool
 	// Userspace makes the WireGuard devices wireguard-go's, whatever the kernel has.
 	Userspace bool
+	// Batches makes wireguard-go in this process send and receive many packets at once, by
+	// UDP GSO and GRO, with its own bind. That is no good over IPv6: see bind.
+	Batches bool
 	// GatewayProgram and ClientProgram are executables of wireguard-go that run the
 	// devices, each in a process of its own. Empty: those of the kernel, or
 	// wireguard-go in this process.
@@ -102,6 +105,7 @@ type Lab struct {
 	Kernel bool
 
 	ownSource bool
+	batches   bool
 	prefix    string // of the names of userspace devices
 	router    *namespace
 	clients   *namespace
@@ -139,7 +143,7 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Lab{ownSource: cfg.OwnSource, Kernel: !cfg.Userspace && KernelWireGuard(), prefix: prefix}
+	l := &Lab{ownSource: cfg.OwnSource, batches: cfg.Batches, Kernel: !cfg.Userspace && KernelWireGuard(), prefix: prefix}
 	if err := l.build(ctx, cfg); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -57,16 +58,20 @@ type wgDevice struct {
 
 // newWGDevice makes the device, gives it the inner addresses and cfg, and sets
 // it up. program may be the path of a wireguard-go.
-func newWGDevice(ns *namespace, name, program string, kernel bool, log *slog.Logger, in4, in6 netip.Prefix, cfg wgtypes.Config) (*wgDevice, error) {
+func newWGDevice(l *Lab, ns *namespace, name, program string, log *slog.Logger, in4, in6 netip.Prefix, cfg wgtypes.Config) (*wgDevice, error) {
 	d := &wgDevice{name: name, ns: ns, in6: in6}
 	var err error
 	switch {
 	case program != "":
 		d.prog, err = newProgramDevice(ns, name, program)
-	case kernel:
+	case l.Kernel:
 		err = ns.nl.LinkAdd(&netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: name, MTU: wgMTU}})
 	default:
-		d.user, err = newUserDevice(ns, name, log)
+		var b conn.Bind = &bind{ns: ns}
+		if l.batches {
+			b = &batchBind{conn.NewStdNetBind(), ns}
+		}
+		d.user, err = newUserDevice(ns, name, b, log)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("make WireGuard device %s in %s: %w", name, ns.name, err)
@@ -238,7 +243,7 @@ type userDevice struct {
 	wg     sync.WaitGroup
 }
 
-func newUserDevice(ns *namespace, name string, log *slog.Logger) (*userDevice, error) {
+func newUserDevice(ns *namespace, name string, b conn.Bind, log *slog.Logger) (*userDevice, error) {
 	if err := os.MkdirAll(uapiDir, 0o700); err != nil {
 		return nil, err
 	}
@@ -259,7 +264,7 @@ func newUserDevice(ns *namespace, name string, log *slog.Logger) (*userDevice, e
 	ctx, cancel := context.WithCancel(context.Background())
 	u := &userDevice{tun: t, uapi: uapi, cancel: cancel}
 	u.wg.Go(t.watch)
-	u.dev = device.NewDevice(t, &bind{ns: ns}, deviceLogger(log, name))
+	u.dev = device.NewDevice(t, b, deviceLogger(log, name))
 	u.wg.Go(func() {
 		for {
 			c, err := uapi.Accept()
