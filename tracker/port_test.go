@@ -339,6 +339,17 @@ func TestPortReplayLive(t *testing.T) {
 		reach(t, c)
 		initiation := tap.next(device.MessageInitiationType)
 		readd(t, gw, net.UDPAddrFromAddrPort(c.Endpoint()))
+		// It would answer that nobody is there, and take the endpoint back.
+		err := c.Do(func() error {
+			conn, err := net.ListenPacket("udp4", fmt.Sprintf(":%d", lab.DiscardPort))
+			if err == nil {
+				t.Cleanup(func() { conn.Close() })
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 		v := start(t, gw, ported(t))
 		tell(t, gw, c)
 		response := tap.next(device.MessageResponseType)
