@@ -98,6 +98,16 @@ func (w *wire) session(local uint32) uplinkUplinkLocal {
 	return s
 }
 
+// unremind keeps a session from being hinted at again: this machine may be slow.
+func (w *wire) unremind(local uint32) {
+	w.t.Helper()
+	s := w.session(local)
+	s.Reminders = 0
+	if err := w.u.objs.Locals.Put(&uplinkUplinkKey{Index: local, Port: near.Port()}, &s); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 // TestUplinkSniffed: a stranger who has seen an index can make us look at the device
 // now and then, and that is all; the peer that moves meanwhile is hinted at once he
 // stops, and counted while he does not.

@@ -297,6 +297,7 @@ func TestUplinkSessions(t *testing.T) {
 	w.want(UplinkEvent{Kind: UplinkHint, Local: 10, Addr: far(1)})
 	w.out(far(1), data(20))
 	w.want(UplinkEvent{Kind: UplinkConfirmed, Remote: 20, Addr: far(1)})
+	w.unremind(10)
 	for range 10 {
 		w.in(far(1), data(10))
 		w.out(far(1), data(20))
@@ -310,6 +311,7 @@ func TestUplinkSessions(t *testing.T) {
 	w.want()
 	w.out(far(2), data(20))
 	w.want(UplinkEvent{Kind: UplinkMoved, Remote: 20, Addr: far(2), Old: far(1)})
+	w.unremind(10)
 	w.in(far(2), data(10))
 	w.out(far(2), data(20))
 	w.want()
