@@ -160,18 +160,28 @@ func TestDemo(t *testing.T) {
 	if f == nil {
 		t.Fatal("no failover")
 	}
-	if f.With.Known != 2 || !f.With.Sends.Back || !f.With.Silent.Back {
-		t.Errorf("with wgroam: %+v", f.With)
+	if f.Method == "" || len(f.With.Clients) != 3 || len(f.Without.Clients) != 3 {
+		t.Fatalf("failover %+v", f)
 	}
-	if f.Without.Known != 0 || f.Without.Silent.Back || f.Without.Sends.OutageMS <= f.With.Sends.OutageMS {
-		t.Errorf("without: %+v", f.Without)
+	if f.With.Known != 3 || f.Answered != 3 || f.Without.Known != 0 {
+		t.Errorf("failover %+v", f)
+	}
+	for i, kind := range []string{"sends", "idle", "silent"} {
+		with, without := f.With.Clients[i], f.Without.Clients[i]
+		if with.Client != kind || without.Client != kind || !with.Back || with.OutageMS >= without.OutageMS {
+			t.Errorf("with wgroam: %+v, without: %+v", with, without)
+		}
+		// Nothing makes a client that does not send look for another gateway.
+		if without.Back != (kind == "sends") {
+			t.Errorf("without: %+v", without)
+		}
 	}
 
 	story := r.stderr.String()
 	if strings.ContainsRune(story, '\x1b') {
 		t.Error("escape codes, and no terminal")
 	}
-	for _, want := range []string{"\n1. ", "\n2. ", "Summary"} {
+	for _, want := range []string{"\n1. ", "\n2. ", "\n  with     idle ", "\n  without  silent ", "Summary"} {
 		if !strings.Contains(story, want) {
 			t.Errorf("the story has no %q:\n%s", want, story)
 		}

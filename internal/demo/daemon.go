@@ -41,6 +41,7 @@ func daemonConfig(g, other *lab.Gateway, dir, socket string) string {
 	return fmt.Sprintf(`node = %q
 [[device]]
 name = %q
+role = "auto"
 vip = [%q, %q]
 poll_interval = %q
 [nats]
@@ -102,6 +103,9 @@ func (d *daemon) stop() error {
 	select {
 	case <-d.ended:
 		return nil // reported already
+	case <-d.stopping: // killed
+		<-d.ended
+		return nil
 	default:
 	}
 	close(d.stopping)
@@ -121,20 +125,39 @@ func (d *daemon) stop() error {
 	return nil
 }
 
-// ready waits until the daemon follows its device and has the other's records.
+// kill ends the daemon as a crash would.
+func (d *daemon) kill() error {
+	close(d.stopping)
+	if err := d.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill the daemon on gateway %s: %w", d.gateway.Name, err)
+	}
+	return nil
+}
+
+// device returns what the daemon says of its device.
+func (d *daemon) device(ctx context.Context) (control.DeviceStatus, error) {
+	var status control.Status
+	if err := control.Get(ctx, d.socket, control.VerbStatus, &status); err != nil {
+		return control.DeviceStatus{}, err
+	}
+	if len(status.Devices) != 1 {
+		return control.DeviceStatus{}, fmt.Errorf("it has %d devices, want 1", len(status.Devices))
+	}
+	return status.Devices[0], nil
+}
+
+// ready waits until the daemon follows its device, has made it what the role asks
+// for, and has the other's records.
 func (d *daemon) ready(ctx context.Context) error {
 	return eventually(ctx, "the daemon on gateway "+d.gateway.Name+" is in touch with the other", func() (bool, error) {
-		var status control.Status
-		if err := control.Get(ctx, d.socket, control.VerbStatus, &status); err != nil {
+		device, err := d.device(ctx)
+		if err != nil {
 			return false, err
 		}
-		if len(status.Devices) != 1 {
-			return false, fmt.Errorf("it has %d devices, want 1", len(status.Devices))
-		}
-		device := status.Devices[0]
 		d.detector = device.Detector
-		nodes := device.Feed.Nodes
-		return d.detector.Rung != control.RungNone && len(nodes) == 1 && nodes[0].State == control.NodeSynced, nil
+		nodes, state := device.Feed.Nodes, device.Failover.State
+		return d.detector.Rung != control.RungNone && len(nodes) == 1 && nodes[0].State == control.NodeSynced &&
+			(state == "open" || state == "quiet"), nil
 	})
 }
 
@@ -166,8 +189,9 @@ func (s *show) follow(ctx context.Context, d *daemon) error {
 		})
 		select {
 		case <-ctx.Done():
+		case <-d.stopping:
 		case <-d.ended: // that is the reason
-		case <-time.After(time.Second):
+		case <-time.After(stopTimeout):
 			s.fail(fmt.Errorf("watch gateway %s: %w", d.gateway.Name, err))
 		}
 	})

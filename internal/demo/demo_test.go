@@ -6,9 +6,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -21,41 +26,143 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func TestStrip(t *testing.T) {
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// at is an arrival, in milliseconds after a death 10 seconds after the start.
+func at(sent, got int) arrival {
+	return arrival{10*time.Second + time.Duration(sent)*time.Millisecond, 10*time.Second + time.Duration(got)*time.Millisecond}
+}
+
+func TestPicture(t *testing.T) {
 	start := time.Now()
-	crash := start.Add(10 * time.Second)
-	cut := crash.Add(20 * time.Millisecond)
-	// at is an arrival, in milliseconds after the crash.
-	at := func(sent, got int) arrival {
-		return arrival{10*time.Second + time.Duration(sent)*time.Millisecond, 10*time.Second + time.Duration(got)*time.Millisecond}
-	}
+	death := start.Add(10 * time.Second)
+	cut, told := death.Add(20*time.Millisecond), death.Add(1010*time.Millisecond)
 	for name, tt := range map[string]struct {
 		arrivals []arrival
-		now      time.Duration
-		want     string // up to the spaces at the end
+		now      time.Duration // after the death
+		want     string        // up to the spaces at the end
 		outage   time.Duration
 		back     bool
 	}{
-		"nothing yet":        {nil, 0, "..|", 0, false},
-		"only before":        {[]arrival{at(-3000, -2999), at(-900, -899), at(-400, -399)}, 1200 * time.Millisecond, "##|..", 0, false},
-		"sent before, late":  {[]arrival{at(-900, -899), at(10, 30)}, time.Second, "##|..", 0, false},
-		"back":               {[]arrival{at(-900, -899), at(-10, -9), at(100, 1600)}, 1700 * time.Millisecond, "##|...#", 1600 * time.Millisecond, true},
-		"unfinished is open": {[]arrival{at(-900, -899), at(-10, -9), at(30, 40)}, 600 * time.Millisecond, "##|#", 40 * time.Millisecond, true},
-		"the end":            {[]arrival{at(19_000, 19_700), at(20_000, 20_001)}, limit, "..|" + strings.Repeat(".", 39) + "#", 19_700 * time.Millisecond, true},
+		"nothing yet":        {nil, 0, "..|  ^", 0, false},
+		"only before":        {[]arrival{at(-3000, -2999), at(-900, -899), at(-400, -399)}, 1200 * time.Millisecond, "##|..^", 0, false},
+		"sent before, late":  {[]arrival{at(-900, -899), at(10, 30)}, time.Second, "##|..^", 0, false},
+		"back":               {[]arrival{at(-900, -899), at(-10, -9), at(100, 1600)}, 1700 * time.Millisecond, "##|..^.#", 590 * time.Millisecond, true},
+		"unfinished is open": {[]arrival{at(-900, -899), at(-10, -9), at(1030, 1040)}, 1200 * time.Millisecond, "##|..^#", 30 * time.Millisecond, true},
+		"the end":            {[]arrival{at(19_000, 19_700), at(20_000, 20_001)}, 20 * time.Second, "..|..^" + strings.Repeat(".", 37) + "#", 18_690 * time.Millisecond, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := &flow{start: start, arrivals: tt.arrivals}
-			strip := f.strip(crash, cut, tt.now)
-			if got := strings.TrimRight(strip, " "); got != tt.want {
-				t.Errorf("strip %q, want %q", got, tt.want)
+			p := newPicture(44, death, time.Second, 20*time.Second, mark{death, '|'}, mark{told, '^'})
+			row := p.row(f, death, cut, death.Add(tt.now))
+			if got := strings.TrimRight(row, " "); got != tt.want {
+				t.Errorf("row %q, want %q", got, tt.want)
 			}
-			if len(strip) != 43 {
-				t.Errorf("strip has %d characters, want 43", len(strip))
+			if len(row) != 44 {
+				t.Errorf("row has %d characters, want 44", len(row))
 			}
-			if d, ok := f.outage(crash, cut); d != tt.outage || ok != tt.back {
+			if d, ok := f.outage(told, cut); d != tt.outage || ok != tt.back {
 				t.Errorf("outage %v %v, want %v %v", d, ok, tt.outage, tt.back)
 			}
 		})
+	}
+}
+
+// Whatever the width, the picture has room for all, and every mark is there.
+func TestPictureFits(t *testing.T) {
+	death := time.Now()
+	for columns := 20; columns < 300; columns++ {
+		p := newPicture(columns, death, 2*time.Second, notice+limit, mark{death, '|'}, mark{death.Add(notice), '^'})
+		row := p.row(&flow{start: death}, death, death, death.Add(time.Hour))
+		if len(row) > columns || len(p.ruler()) > columns || strings.Count(row, "|") != 1 || strings.Count(row, "^") != 1 {
+			t.Errorf("%d columns: %q %q", columns, p.ruler(), row)
+		}
+		if begin := time.Duration(p.size-p.lead) * p.per; begin < notice+limit || time.Duration(p.lead)*p.per < 2*time.Second {
+			t.Errorf("%d columns: %v are shown, from %d characters before", columns, begin, p.lead)
+		}
+	}
+}
+
+// recorded is a demo as a busy machine has shown it, until a time after the death.
+func recorded(w *Screen, until time.Duration) *show {
+	s := &show{screen: w, back: make(map[*flow]bool), sum: &Summary{
+		Kernel: "6.12.57+deb13-amd64", WireGuard: "kernel", Detector: control.Detector{Rung: control.RungFentry},
+		Roams:    []Roam{{What: "port", Arrived: true, LatencyUS: 412}},
+		Failover: &Failover{Answered: 3},
+	}}
+	s.hooked = true
+	s.sum.Latency = s.latency()
+	start := time.Unix(1_800_000_000, 0)
+	// told is after the death, and back after that, zero for never.
+	one := func(told time.Duration, back ...time.Duration) *side {
+		const from = 10 * time.Second
+		d := &side{death: start.Add(from), cut: start.Add(from + 1_300*time.Microsecond), told: start.Add(from + told)}
+		for _, b := range back {
+			f := &flow{start: start}
+			for at := time.Duration(0); at < from+until; at += interval {
+				if at < from || b > 0 && at >= from+told+b-interval {
+					f.arrivals = append(f.arrivals, arrival{at, at + interval})
+				}
+			}
+			d.flows = append(d.flows, f)
+		}
+		return d
+	}
+	s.with = one(1_012*time.Millisecond, 139_282*time.Microsecond, 132_104*time.Microsecond, 132_351*time.Microsecond)
+	s.with.known = 3
+	s.without = one(1_011*time.Millisecond, 14_053_870*time.Microsecond, 0, 0)
+	s.sum.Failover.With, s.sum.Failover.Without = s.with.outcome(), s.without.outcome()
+	return s
+}
+
+// The rows of the second act, as they were after a time and at the end, on
+// terminals of several widths.
+func TestFailoverRows(t *testing.T) {
+	for _, columns := range []int{60, 79, 120, 159} {
+		screen := &Screen{w: io.Discard, width: columns}
+		var s *show
+		var rows []string
+		for _, until := range []time.Duration{800 * time.Millisecond, 12_340 * time.Millisecond, notice + limit + 100*time.Millisecond} {
+			s = recorded(screen, until)
+			if until < notice {
+				s.with.told, s.without.told = time.Time{}, time.Time{}
+			}
+			rows = append(rows, s.failoverRows(s.with.death.Add(until))...)
+		}
+		rows = append(rows, s.closeRows(s.with.death.Add(2*limit))...)
+		rows = append(rows, s.summaryRows()...)
+		got := strings.Join(rows, "\n") + "\n"
+		for _, r := range rows {
+			if strings.HasPrefix(r, "  with") && len(r) > columns {
+				t.Errorf("%d characters in %d columns: %s", len(r), columns, r)
+			}
+		}
+		path := filepath.Join("testdata", fmt.Sprintf("failover-%d.txt", columns))
+		if *update {
+			if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(string(want), got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", path, diff)
+		}
+	}
+	// Colours change no character, and a client that is not back gets no close view.
+	s := recorded(&Screen{w: io.Discard, width: width}, 2*limit)
+	plain := s.failoverRows(s.with.told)
+	s.screen.color = true
+	for i, r := range s.failoverRows(s.with.told) {
+		if !strings.Contains(r, "\x1b[") || regexp.MustCompile("\x1b\\[[0-9]*m").ReplaceAllString(r, "") != plain[i] {
+			t.Errorf("in colours: %q", r)
+		}
+	}
+	s.with.flows[2].arrivals = nil
+	if rows := s.closeRows(s.with.death.Add(2 * limit)); rows != nil {
+		t.Errorf("a close view of nothing: %q", rows)
 	}
 }
 
@@ -80,7 +187,7 @@ func TestFlow(t *testing.T) {
 		if n != sent {
 			t.Errorf("%d of %d packets have arrived between two packets", n, sent)
 		}
-		if err := pause(ctx, 5*interval); err != nil {
+		if err := pause(ctx, 10*interval); err != nil {
 			return err
 		}
 		if later, _ := f.count(); later != sent {
@@ -178,18 +285,22 @@ func TestLatency(t *testing.T) {
 }
 
 func TestVerdict(t *testing.T) {
-	good := Outage{Back: true, OutageMS: 30}
 	for name, tt := range map[string]struct {
-		with Outcome
-		ok   bool
+		change func(*Failover)
+		want   string // in the error; empty for none
 	}{
-		"both called":           {Outcome{2, good, good}, true},
-		"silent client is lost": {Outcome{2, good, Outage{false, 20_000}}, false},
-		"client came by itself": {Outcome{2, Outage{true, 15_100}, good}, false},
+		"all is well":             {func(*Failover) {}, ""},
+		"silent client is lost":   {func(f *Failover) { f.With.Clients[2] = Outage{"silent", false, 40_000} }, "client that is silent was not back at h's first call"},
+		"answers the second call": {func(f *Failover) { f.With.Clients[1].OutageMS = 5_200 }, "client that is idle was not back"},
+		"no sooner":               {func(f *Failover) { f.Without.Clients[0].OutageMS = 90 }, "client that sends was back no sooner"},
+		"h knew two":              {func(f *Failover) { f.With.Known = 2 }, "knew 2 of 3 clients"},
+		"two answered":            {func(f *Failover) { f.Answered = 2 }, "says that 2 answered"},
 	} {
-		s := &show{sum: &Summary{Failover: &Failover{With: tt.with}}}
-		if err := s.verdict(); (err == nil) != tt.ok {
-			t.Errorf("%s: %v", name, err)
+		s := recorded(&Screen{w: io.Discard, width: width}, 2*limit)
+		tt.change(s.sum.Failover)
+		err := s.verdict()
+		if (err == nil) != (tt.want == "") || err != nil && (!strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n")) {
+			t.Errorf("%s: %v, want %q", name, err, tt.want)
 		}
 	}
 }
@@ -225,36 +336,37 @@ func (failingWriter) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
 // Nothing that is said may wrap on a terminal of 80 columns.
 func TestWidth(t *testing.T) {
-	s := &show{screen: NewScreen(io.Discard), sum: &Summary{
-		Kernel: "6.12.117+deb12-cloud-amd64", WireGuard: "wireguard-go",
-		Detector: control.Detector{Rung: "polling", Reason: strings.Repeat("reason ", 40)},
-		Roams: []Roam{{
-			What: "address", Old: netip.MustParseAddrPort("[2001:db8::1f]:10012"), New: netip.MustParseAddrPort("[2001:db8::2f]:10012"),
-			Cause: "initiation", Arrived: true, LatencyUS: 123_456,
-		}},
-		Failover: &Failover{With: Outcome{2, Outage{true, 14_999}, Outage{true, 14_999}}, Without: Outcome{0, Outage{false, 20_000}, Outage{false, 20_000}}},
+	s := recorded(NewScreen(io.Discard), 2*limit)
+	s.sum.Kernel = "6.12.117+deb12-cloud-amd64"
+	s.sum.Detector.Reason = strings.Repeat("reason ", 40)
+	s.sum.Roams = []Roam{{
+		What: "address", Old: netip.MustParseAddrPort("[2001:db8::1f]:10012"), New: netip.MustParseAddrPort("[2001:db8::2f]:10012"),
+		Cause: "initiation", Arrived: true, LatencyUS: 123_456,
 	}}
 	s.sum.Latency = s.latency()
-	s.with, s.without = &side{sends: &flow{}, silent: &flow{}}, &side{sends: &flow{}, silent: &flow{}}
+	for i := range kinds {
+		s.sum.Failover.With.Clients[i].OutageMS, s.sum.Failover.Without.Clients[i].OutageMS = 4_999, 39_999
+	}
 	var lines []string
-	for _, hooked := range []bool{true, false} {
+	for _, rung := range []string{control.RungFentry, control.RungPort, control.RungPolling} {
 		for _, wireguard := range []string{"kernel", "wireguard-go"} {
-			s.hooked, s.sum.WireGuard = hooked, wireguard
-			lines = append(lines, wrap(s.describe())...)
+			s.hooked, s.sum.Detector.Rung, s.sum.WireGuard = rung == control.RungFentry, rung, wireguard
+			lines = append(lines, s.screen.wrap(s.describe())...)
 			lines = append(lines, s.roamsResult()...)
 			lines = append(lines, s.summaryRows()...)
 		}
 	}
 	lines = append(lines, title, roamsTitle, failoverTitle, s.roamsHeader(), s.roamRow(s.sum.Roams[0]), s.traffic())
-	lines = append(lines, wrap(failoverText)...)
-	lines = append(lines, s.failoverRows(limit)...)
-	lines = append(lines, s.failoverRows(limit-1)...)
+	lines = append(lines, s.screen.wrap(failoverText)...)
+	lines = append(lines, s.failoverRows(s.with.death.Add(limit))...)
+	lines = append(lines, s.failoverRows(s.with.death.Add(2*limit))...)
+	lines = append(lines, s.closeRows(s.with.death.Add(2*limit))...)
 	for _, l := range lines {
 		if len(l) > width {
 			t.Errorf("%d characters: %s", len(l), l)
 		}
 	}
-	if len(lines) < 40 {
+	if len(lines) < 80 {
 		t.Errorf("only %d lines", len(lines))
 	}
 }
@@ -263,7 +375,7 @@ func TestWrap(t *testing.T) {
 	long := strings.Repeat("x", 100)
 	text := strings.Repeat("word ", 16) + long + " end"
 	want := []string{strings.TrimSpace(strings.Repeat("word ", 16)), long, "end"}
-	if diff := cmp.Diff(want, wrap(text)); diff != "" {
+	if diff := cmp.Diff(want, NewScreen(io.Discard).wrap(text)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

@@ -20,7 +20,7 @@ import (
 )
 
 // interval is the time between two packets of a flow.
-const interval = 10 * time.Millisecond
+const interval = 5 * time.Millisecond
 
 // calledPort is where a client takes packets that nobody asked for.
 const calledPort = 4000
@@ -40,20 +40,18 @@ type flow struct {
 // arrival is when a packet was sent and when it arrived, since the start.
 type arrival struct{ sent, got time.Duration }
 
-// sending makes the first client send, and count what a gateway echoes.
-func (s *show) sending(ctx context.Context, side *side) (*flow, error) {
-	conn, err := side.lab.Clients[0].Dial(ctx, "udp4", lab.EchoPort)
+// sending makes a client send, and count what a gateway echoes.
+func (s *show) sending(ctx context.Context, side *side, client *lab.Client) (*flow, error) {
+	conn, err := client.Dial(ctx, "udp4", lab.EchoPort)
 	if err != nil {
 		return nil, err
 	}
 	return s.flow(ctx, conn, conn), nil
 }
 
-// calling makes a program on both gateways send to the second client. It is
-// heard from the gateway that has the client's endpoint, a link that is up, and
-// the virtual IP.
-func (s *show) calling(ctx context.Context, side *side) (*flow, error) {
-	client := side.lab.Clients[1]
+// calling makes a program on both gateways send to a client. It is heard from the
+// gateway that has the client's endpoint, a link that is up, and the virtual IP.
+func (s *show) calling(ctx context.Context, side *side, client *lab.Client) (*flow, error) {
 	to := netip.AddrPortFrom(client.Inner4, calledPort)
 	var phone net.PacketConn
 	err := client.Do(func() (err error) {
@@ -141,7 +139,7 @@ func (f *flow) send(ctx context.Context, from io.Writer) {
 func (f *flow) between(ctx context.Context, do func() error) error {
 	f.gate.Lock()
 	defer f.gate.Unlock()
-	lost := time.After(20 * interval)
+	lost := time.After(40 * interval)
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for !f.settled() {
@@ -188,56 +186,14 @@ func (f *flow) count() (sent, arrived int) {
 	return f.sent, len(f.arrivals)
 }
 
-// outage returns the time from crash until the first packet that was sent after
-// cut arrived; ok is false while there is none.
-func (f *flow) outage(crash, cut time.Time) (d time.Duration, ok bool) {
+// outage returns the time from then until the first packet that was sent after cut
+// arrived; ok is false while there is none.
+func (f *flow) outage(then, cut time.Time) (d time.Duration, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	i := slices.IndexFunc(f.arrivals, func(a arrival) bool { return a.sent >= cut.Sub(f.start) })
 	if i < 0 {
 		return 0, false
 	}
-	return f.arrivals[i].got - crash.Sub(f.start), true
-}
-
-// Of a strip, the line of characters that shows a flow.
-const (
-	perChar = 500 * time.Millisecond
-	lead    = 2 // characters before the crash
-)
-
-// strip draws the arrivals from shortly before the crash until now after it: #
-// where there are some, a dot where there are none, a bar at the crash. What was
-// sent before the cut belongs before the bar.
-func (f *flow) strip(crash, cut time.Time, now time.Duration) string {
-	const size = lead + int(limit/perChar)
-	var hits [size]bool
-	f.mu.Lock()
-	for _, a := range f.arrivals {
-		after := f.start.Add(a.got).Sub(crash)
-		if f.start.Add(a.sent).Before(cut) {
-			after = min(after, -1)
-		}
-		after += lead * perChar
-		if i := int(after / perChar); after >= 0 && i < size {
-			hits[i] = true
-		}
-	}
-	f.mu.Unlock()
-	out := make([]byte, 0, size+1)
-	for i, hit := range hits {
-		if i == lead {
-			out = append(out, '|')
-		}
-		end := time.Duration(i+1-lead) * perChar
-		switch {
-		case hit:
-			out = append(out, '#')
-		case end <= now:
-			out = append(out, '.')
-		default:
-			out = append(out, ' ') // not over yet
-		}
-	}
-	return string(out)
+	return f.arrivals[i].got - then.Sub(f.start), true
 }

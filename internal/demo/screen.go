@@ -12,10 +12,11 @@ import (
 )
 
 const (
-	width  = 79 // of every line: one less than a terminal, so that none wraps
+	width  = 79 // of every line but those of pictures: one less than a terminal, so that none wraps
+	widest = 159
 	height = 24
 	// tall is the height of a terminal that has room for the whole story.
-	tall = 38
+	tall = 50
 )
 
 // Screen shows the demo: on a terminal with a part at the bottom that moves,
@@ -25,18 +26,23 @@ type Screen struct {
 	live  bool // has a moving part
 	color bool
 	tall  bool
+	width int // of pictures
 	drawn int // lines of the moving part
 }
 
 // NewScreen returns a Screen on w. The moving part takes a terminal of at least
-// 80 by 24; colors are left out there when NO_COLOR is set.
+// 80 by 24; colors are left out there when NO_COLOR is set. Pictures are as wide
+// as a terminal, within reason, and elsewhere as one of 80 columns.
 func NewScreen(w io.Writer) *Screen {
-	s := &Screen{w: w}
+	s := &Screen{w: w, width: width}
 	f, ok := w.(*os.File)
 	if !ok || !term.IsTerminal(int(f.Fd())) || os.Getenv("TERM") == "dumb" {
 		return s
 	}
 	columns, lines, err := term.GetSize(int(f.Fd()))
+	if err == nil && columns > 0 {
+		s.width = min(columns-1, widest)
+	}
 	s.live = err == nil && columns > width && lines >= height
 	s.color = os.Getenv("NO_COLOR") == ""
 	s.tall = lines >= tall
@@ -87,14 +93,14 @@ func (s *Screen) paint(sgr, text string) string {
 }
 
 // wrap breaks text into lines.
-func wrap(text string) []string {
+func (s *Screen) wrap(text string) []string {
 	var out []string
 	line := ""
 	for word := range strings.FieldsSeq(text) {
 		switch {
 		case line == "":
 			line = word
-		case len(line)+1+len(word) > width:
+		case len(line)+1+len(word) > min(width, s.width):
 			out = append(out, line)
 			line = word
 		default:
