@@ -229,7 +229,15 @@ func (g *Gateway) Revive() error {
 		}
 	}
 	g.dead = false
-	return g.lab.router.linkUp(g.Name)
+	if err := g.lab.router.linkUp(g.Name); err != nil {
+		return err
+	}
+	// Whom it has asked for in vain it would ask for again after a second.
+	neighbours := []netip.Addr{lan4.Addr(), lan6.Addr()}
+	for _, o := range g.lab.Gateways {
+		neighbours = append(neighbours, o.Addr4, o.Addr6)
+	}
+	return g.ns.forget(lanDev, neighbours...)
 }
 
 // Lose makes all that this gateway sends to another's own IPv4 address get lost on the

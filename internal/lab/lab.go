@@ -242,8 +242,10 @@ func (l *Lab) buildRouter() error {
 }
 
 // MoveVIP moves the virtual IP to a gateway, v4 and v6: the holder gives it up
-// unless it is dead, the new one takes it and prefers it as the source of what
-// it sends through its default routes, and the router forgets where it was.
+// unless it is dead, the router hears of the new one, and that takes it and prefers
+// it as the source of what it sends through its default routes. The router is the
+// first to know, because a gateway may send as soon as it has the address, and the
+// answer would be lost.
 func (l *Lab) MoveVIP(to *Gateway) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -252,11 +254,18 @@ func (l *Lab) MoveVIP(to *Gateway) error {
 			return fmt.Errorf("take the virtual IP from gateway %s: %w", from.Name, err)
 		}
 	}
-	if err := to.takeVIP(); err != nil {
+	lan, err := to.ns.link(lanDev)
+	if err == nil {
+		err = l.router.learn(bridge, lan.Attrs().HardwareAddr, VIP4, VIP6)
+	}
+	if err == nil {
+		err = to.takeVIP()
+	}
+	if err != nil {
 		return fmt.Errorf("give the virtual IP to gateway %s: %w", to.Name, err)
 	}
 	l.holder = to
-	return l.router.forget(bridge, VIP4, VIP6)
+	return nil
 }
 
 // Rebuild deletes all WireGuard devices, calls between, which may load the module
@@ -410,6 +419,21 @@ func (n *namespace) delAddr(dev string, p netip.Prefix) error {
 	}
 	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return fmt.Errorf("remove address %v from %s: %w", p, dev, err)
+	}
+	return nil
+}
+
+// learn makes neighbour entries, as neighbours that announce themselves do.
+func (n *namespace) learn(dev string, at net.HardwareAddr, addrs ...netip.Addr) error {
+	link, err := n.link(dev)
+	if err != nil {
+		return fmt.Errorf("find link %s: %w", dev, err)
+	}
+	for _, a := range addrs {
+		err := n.nl.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, IP: a.AsSlice(), HardwareAddr: at, State: netlink.NUD_REACHABLE})
+		if err != nil {
+			return fmt.Errorf("neighbour %v on %s: %w", a, dev, err)
+		}
 	}
 	return nil
 }
