@@ -21,6 +21,10 @@ type fakeDevice struct {
 	peers map[wgroam.Key]*fakePeer
 	order []wgroam.Key // of the calls
 	most  int          // answers that were outstanding at once
+	dumps int
+	early int // calls before the first dump
+	// told, unless nil, hears of the answers.
+	told func(wgroam.Key)
 }
 
 type fakePeer struct {
@@ -43,7 +47,10 @@ func (d *fakeDevice) settle() {
 
 func (d *fakeDevice) Device(string) (wg.Device, error) {
 	d.settle()
-	var out wg.Device
+	if d.dumps++; d.dumps == 1 {
+		d.early = len(d.order)
+	}
+	out := wg.Device{Kernel: d.told != nil}
 	for _, p := range d.peers {
 		out.Peers = append(out.Peers, p.Peer)
 	}
@@ -61,6 +68,9 @@ func (d *fakeDevice) SetKeepalives(_ string, intervals []wg.Keepalive) error {
 		if p.Keepalive == 0 && i.Interval != 0 && !p.LastHandshake.After(now.Add(-time.Minute)) {
 			p.calls = append(p.calls, now)
 			d.order = append(d.order, i.Peer)
+			if d.told != nil && p.answers > 0 {
+				time.AfterFunc(p.answers, func() { d.told(i.Peer) })
+			}
 		}
 		p.Keepalive = i.Interval
 	}
@@ -107,6 +117,7 @@ func TestCall(t *testing.T) {
 		want.Answered = want.Called - want.Silent
 		k := NewKeeper(KeeperConfig{
 			Device: d, Log: slog.New(slog.DiscardHandler),
+			Told: func() bool { return false },
 			Seen: func(k wgroam.Key) time.Time { return seen[k] },
 		})
 		if err := k.call(t.Context(), taken); err != nil {
@@ -123,8 +134,8 @@ func TestCall(t *testing.T) {
 		if got != want {
 			t.Errorf("promotion %+v, want %+v", got, want)
 		}
-		if d.most > window || d.most < window/2 {
-			t.Errorf("%d answers were outstanding at once, want some %d", d.most, window)
+		if d.most > userWindow || d.most < userWindow/2 {
+			t.Errorf("%d answers were outstanding at once, want some %d", d.most, userWindow)
 		}
 		if !slices.IsSortedFunc(d.order, func(a, b wgroam.Key) int { return seen[b].Compare(seen[a]) }) {
 			t.Error("the peers were not called in the order of when they were seen")
@@ -136,6 +147,56 @@ func TestCall(t *testing.T) {
 			if len(p.calls) > 1 {
 				t.Errorf("peer %v was called %d times", key, len(p.calls))
 			}
+		}
+	})
+}
+
+// TestCallTold: where answers are heard of, the device is hardly read, the first are
+// called before it is, and the next when there is room.
+func TestCallTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const count, takes = 4000, 50 * time.Millisecond
+		start := time.Now()
+		d := &fakeDevice{t: t, peers: map[wgroam.Key]*fakePeer{}}
+		for i := range count {
+			p := &fakePeer{Peer: wg.Peer{Key: peerKey(i), Endpoint: netip.MustParseAddrPort("192.0.2.1:1000")}, answers: takes}
+			if i == 7 { // gone
+				p.answers = 0
+			}
+			d.peers[p.Key] = p
+		}
+		k := NewKeeper(KeeperConfig{
+			Device: d, Log: slog.New(slog.DiscardHandler),
+			Told: func() bool { return true },
+			Seen: func(k wgroam.Key) time.Time { return start.Add(-time.Duration(k[0]) - time.Duration(k[1])<<8) },
+		})
+		d.told = k.Answered
+		k.kernel = true
+		for _, p := range d.peers {
+			k.known = append(k.known, contact{peer: p.Key})
+		}
+		if err := k.call(t.Context(), &taken{Promoted: start}); err != nil {
+			t.Fatal(err)
+		}
+		got := k.Status().Last
+		if got.Answered != count-1 || got.Silent != 1 {
+			t.Errorf("promotion %+v", got)
+		}
+		if d.early < kernelWindow {
+			t.Errorf("%d were called before the device was read", d.early)
+		}
+		// Nobody waits for more than those that may be called at once before him.
+		if most := (count/kernelWindow + 1) * takes; got.P99 > most {
+			t.Errorf("the last answered after %v, want %v at most", got.P99, most)
+		}
+		if d.most > kernelWindow || d.most < kernelWindow/2 {
+			t.Errorf("%d answers were outstanding at once, want some %d", d.most, kernelWindow)
+		}
+		if most := int(giveUpAfter/lookSeldom) + 4; d.dumps > most {
+			t.Errorf("the device was read %d times, want %d at most", d.dumps, most)
+		}
+		if !slices.IsSortedFunc(d.order, func(a, b wgroam.Key) int { return k.cfg.Seen(b).Compare(k.cfg.Seen(a)) }) {
+			t.Error("the peers were not called in the order of when they were seen")
 		}
 	})
 }
@@ -158,7 +219,7 @@ func TestCallGoesOn(t *testing.T) {
 			p.Key = peerKey(i)
 			d.peers[p.Key] = p
 		}
-		k := NewKeeper(KeeperConfig{Device: d, Log: slog.New(slog.DiscardHandler), Seen: func(wgroam.Key) time.Time { return time.Time{} }})
+		k := NewKeeper(KeeperConfig{Device: d, Log: slog.New(slog.DiscardHandler), Told: func() bool { return false }, Seen: func(wgroam.Key) time.Time { return time.Time{} }})
 
 		// One that is ended early goes on later.
 		ctx, cancel := context.WithCancel(t.Context())

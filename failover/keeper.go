@@ -8,8 +8,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/wg"
@@ -36,6 +40,8 @@ type KeeperConfig struct {
 	VIP []netip.Addr
 	// Settled reports whether the device holds every endpoint that is known.
 	Settled func() bool
+	// Told reports whether Answered is called for what the peers answer.
+	Told func() bool
 	// Seen returns when the group last saw a peer; zero if never.
 	Seen func(wgroam.Key) time.Time
 	// Behind returns by how much this host's clock is behind the group's.
@@ -54,9 +60,13 @@ type Keeper struct {
 	// Of Step alone.
 	role   Role      // at the last step
 	port   int       // at the last dump
-	dumped time.Time // with this role; zero if not yet
+	dumped time.Time // zero if not yet, or if it has become a standby since
+	kernel bool      // the device is the kernel's; at the last dump
 	asked  bool      // the gate itself, whether there is one
 	down   bool      // the standby's link was found so
+	known  []contact // of a standby, at the last dump
+
+	answers atomic.Pointer[wgroam.Changes] // not taken yet; nil unless peers are being called
 
 	mu     sync.Mutex
 	status Status
@@ -172,7 +182,9 @@ func (k *Keeper) watch(ctx context.Context, what string, f func() error) {
 func (k *Keeper) Step(ctx context.Context) {
 	role, _, _ := k.cfg.Desk.Role()
 	if role != k.role {
-		k.role, k.dumped = role, time.Time{}
+		if k.role = role; role == Standby {
+			k.dumped = time.Time{}
+		}
 	}
 	var (
 		state string
@@ -229,6 +241,7 @@ func (k *Keeper) quiet() error {
 		if dev, err = k.dump(); err != nil {
 			return err
 		}
+		k.known = contacts(dev.Peers)
 	}
 	// Shut, nothing passes, whatever happens then. A link that is down has no socket;
 	// but it may be set up by somebody else.
@@ -256,7 +269,7 @@ func (k *Keeper) quiet() error {
 func (k *Keeper) dump() (wg.Device, error) {
 	dev, err := k.cfg.Device.Device(k.cfg.Name)
 	if err == nil {
-		k.port, k.dumped = dev.Port, time.Now()
+		k.port, k.kernel, k.dumped = dev.Port, dev.Kernel, time.Now()
 	}
 	return dev, err
 }
@@ -430,24 +443,45 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
 	return k.cfg.Memory.keepTaken(nil)
 }
 
-// settleFor is how long a promotion waits for endpoints on their way into the
-// device.
-const settleFor = 2 * time.Second
+const (
+	// settleFor is how long a promotion waits for endpoints on their way into the
+	// device, and wholeFor for the rest of the virtual IPs: who moves them brings one
+	// after the other, and an answer that comes to an address which is not here yet is
+	// lost, and the call repeated 5 seconds later.
+	settleFor = 2 * time.Second
+	wholeFor  = 250 * time.Millisecond
+)
 
 func (k *Keeper) settle(ctx context.Context) {
-	deadline := time.After(settleFor)
+	began := time.Now()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for !k.cfg.Settled() {
+	for !k.cfg.Settled() || time.Since(began) < wholeFor && k.partial() {
+		if time.Since(began) > settleFor {
+			k.cfg.Log.Warn("some endpoints are not in the device yet; going on")
+			return
+		}
 		select {
 		case <-ctx.Done():
-			return
-		case <-deadline:
-			k.cfg.Log.Warn("some endpoints are not in the device yet; going on")
 			return
 		case <-tick.C:
 		}
 	}
+}
+
+// partial reports whether some of the virtual IPs are here, and not all.
+func (k *Keeper) partial() bool {
+	here := 0
+	_ = k.cfg.Space.Do(func() error { // what cannot be read is not waited for
+		addrs, err := addresses()
+		for _, vip := range k.cfg.VIP {
+			if slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return isOneOf([]netip.Addr{vip}, a) && isUsable(a) }) {
+				here++
+			}
+		}
+		return err
+	})
+	return here > 0 && here < len(k.cfg.VIP)
 }
 
 // unshut replaces what shuts the port.
@@ -475,17 +509,4 @@ func (k *Keeper) unshut(vips []netip.Addr) error {
 		return nil
 	}
 	return errors.Join(k.cfg.Memory.keepGate(true), k.gate.from(vips, k.port))
-}
-
-// peers returns the peers of the device, by key.
-func (k *Keeper) peers() (map[wgroam.Key]wg.Peer, error) {
-	dev, err := k.cfg.Device.Device(k.cfg.Name)
-	if err != nil {
-		return nil, err
-	}
-	out := make(map[wgroam.Key]wg.Peer, len(dev.Peers))
-	for _, p := range dev.Peers {
-		out[p.Key] = p
-	}
-	return out, nil
 }

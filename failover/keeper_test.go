@@ -28,6 +28,7 @@ func testKeeper(t *testing.T, dir, mode string, d *fakeDevice) (*Keeper, *Desk) 
 		Device: d, Name: "one", Ifindex: link.Attrs().Index, Desk: desk, Memory: desk.cfg.Memory, Silent: mode == "silent",
 		VIP:     []netip.Addr{netip.MustParseAddr("192.0.2.1")},
 		Settled: func() bool { return true },
+		Told:    func() bool { return false },
 		Seen:    func(wgroam.Key) time.Time { return time.Time{} },
 		Behind:  func() time.Duration { return 0 },
 		Log:     desk.cfg.Log,

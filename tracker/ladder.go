@@ -56,6 +56,9 @@ func (l *ladder) saw(d wg.Device) {
 // hooked reports whether a rung is one of the kernel hook.
 func hooked(r Rung) bool { return r == RungFentry || r == RungKprobe }
 
+// Completes reports whether Config.Completed is called on a rung.
+func (r Rung) Completes() bool { return hooked(r) }
+
 // climb takes the best rung that works. It reports whether that is another one
 // than before: what fell between has to be read from the device then.
 func (t *Tracker) climb() (other bool) {

@@ -64,9 +64,12 @@ type Config struct {
 	Proven func(wgroam.Observation)
 	// Alive, if set, is called in every dump for each peer that has an endpoint and
 	// has ever completed a handshake, with the time of the last one.
+	Alive func(peer wgroam.Key, at netip.AddrPort, handshake time.Time)
+	// Completed, if set, is called when a peer has a new session, on the rungs of
+	// which Rung.Completes is true.
 	//
 	// None of these functions may wait for anything.
-	Alive func(peer wgroam.Key, at netip.AddrPort, handshake time.Time)
+	Completed func(peer wgroam.Key)
 	// Poll is the interval of the polling rung.
 	Poll time.Duration
 	// Sweep is the interval of the safety net.
@@ -272,6 +275,9 @@ func (t *Tracker) event(e bpf.Event) (news bool) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if e.Confirmed && t.cfg.Completed != nil {
+		t.cfg.Completed(e.Peer)
+	}
 	if e.Boot < t.dumped-settle {
 		// Out of the map, where those that are gone are never deleted, or so late
 		// that a dump has overtaken it.

@@ -318,7 +318,8 @@ func (d *device) wire(s *session, keys feed.Keys, server *natsd.Server) error {
 		Alive: func(peer wgroam.Key, at netip.AddrPort, handshake time.Time) {
 			s.renew(peer, at, handshake, d.d.cfg.MaxAge/2)
 		},
-		Poll: d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
+		Completed: d.completed,
+		Poll:      d.cfg.PollInterval, Sweep: d.cfg.SweepInterval, Log: d.log,
 	})
 	return nil
 }

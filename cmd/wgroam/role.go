@@ -96,12 +96,26 @@ func (d *device) setKeeper(k *failover.Keeper) {
 	d.keeper = k
 }
 
+// completed passes on that a peer has a new session.
+func (d *device) completed(peer wgroam.Key) {
+	d.mu.Lock()
+	keeper := d.keeper
+	d.mu.Unlock()
+	if keeper != nil {
+		keeper.Answered(peer)
+	}
+}
+
 // newKeeper returns the keeper of a link.
 func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *failover.Keeper {
 	return failover.NewKeeper(failover.KeeperConfig{
 		Device: client, Name: link.Name, Ifindex: link.Ifindex, Space: space,
 		Desk: d.desk, Memory: d.mem, Silent: d.cfg.Standby == config.StandbySilent, VIP: d.cfg.VIP,
 		Settled: d.settled,
+		Told: func() bool {
+			s := d.live()
+			return s != nil && s.tracker.Status().Rung.Completes()
+		},
 		Seen: func(k wgroam.Key) time.Time {
 			if s := d.live(); s != nil {
 				if r, ok := s.table.Get(k); ok {
