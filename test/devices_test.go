@@ -209,6 +209,14 @@ func TestTwoDaemons(t *testing.T) {
 	}
 
 	// What they cannot share.
+	dir := t.TempDir()
+	cfg := strings.NewReplacer(`node = "gw-a"`, `node = "gw-c"`, ":4950\"\npeers", ":4952\"\npeers", filepath.Join(dirs[0], "control.sock"), filepath.Join(dir, "control.sock")).Replace(cfgs[0])
+	fourth := &node{gw: a, socket: filepath.Join(dir, "control.sock"), file: filepath.Join(dir, "wgroam.toml")}
+	if err := os.WriteFile(fourth.file, []byte(cfg), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fourth.process = start(t, a, nil, "run", "--config", fourth.file)
+	fourth.says("give each a state.dir of its own")
 	third := start(t, a, nil, "run", "--config", nodes[0].file)
 	select {
 	case <-third.exited:

@@ -211,6 +211,11 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	if server != nil {
 		defer server.RemoveGroup(keys)
 	}
+	unlock, err := s.state.Lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	defer s.leave()
 	for _, k := range former {
 		if err := d.join(s, k, server); err != nil {

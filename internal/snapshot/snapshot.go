@@ -17,6 +17,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/feed"
 )
@@ -74,6 +76,9 @@ func Decode(keys feed.Keys, file []byte) ([]wgroam.Record, error) {
 	return records, nil
 }
 
+// ErrInUse is what File.Lock wraps when another process keeps the file.
+var ErrInUse = errors.New("another daemon keeps the table of this group there")
+
 // Config describes a File.
 type Config struct {
 	// Dir is made if it does not exist, with mode 0700.
@@ -118,6 +123,22 @@ func New(cfg Config) *File {
 		cfg.Table.Notify(f.changes, nil)
 	}
 	return f
+}
+
+// Lock makes the file this process's until unlock: two daemons with the same device would
+// spoil it for each other. Where no file can be there is nothing to lock. The error wraps
+// ErrInUse.
+func (f *File) Lock() (unlock func(), err error) {
+	_ = os.MkdirAll(f.cfg.Dir, 0o700) // or the first write says why not
+	lock, err := os.OpenFile(f.path+".lock", os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return func() {}, nil
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		_ = lock.Close()
+		return nil, fmt.Errorf("%s: %w: give each a state.dir of its own", f.cfg.Dir, ErrInUse)
+	}
+	return func() { _ = lock.Close() }, nil
 }
 
 // Status returns a copy of the current status.

@@ -277,3 +277,34 @@ func TestDiskFull(t *testing.T) {
 		}
 	})
 }
+
+// TestLock: a file has one writer, also where nothing can be written.
+func TestLock(t *testing.T) {
+	lock := func(dir string) (func(), error) { return New(Config{Dir: dir, Keys: keysOf(t, 8)}).Lock() }
+	dir := filepath.Join(t.TempDir(), "state")
+	unlock, err := lock(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lock(dir); !errors.Is(err, ErrInUse) {
+		t.Errorf("twice: %v", err)
+	}
+	if unlock, err := New(Config{Dir: dir, Keys: keysOf(t, 16)}).Lock(); err != nil {
+		t.Errorf("another group's: %v", err)
+	} else {
+		unlock()
+	}
+	unlock()
+	for range 2 {
+		if unlock, err = lock(dir); err != nil {
+			t.Errorf("after the first: %v", err)
+		} else {
+			unlock()
+		}
+	}
+	for range 2 {
+		if _, err := lock("/dev/null/state"); err != nil {
+			t.Errorf("where nothing can be: %v", err)
+		}
+	}
+}
