@@ -102,6 +102,71 @@ func TestPortTwo(t *testing.T) {
 	}
 }
 
+// TestPortVLAN: the uplink is a VLAN, so that the program is on two links and sees a packet
+// twice: with the tag beside it or, where a device leaves that to those above, in it.
+func TestPortVLAN(t *testing.T) {
+	if !lab.InVM() {
+		t.Skip("the kernel of this machine may have no VLANs, those of test/vm have")
+	}
+	for name, cfg := range map[string]lab.Config{
+		"tag beside, kernel":       {VLAN: true},
+		"tag in, kernel":           {VLAN: true, InFrame: true},
+		"tag beside, wireguard-go": {VLAN: true, Userspace: true, Batches: true},
+		"tag in, wireguard-go":     {VLAN: true, InFrame: true, Userspace: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t, cfg)
+			c := l.Clients[0]
+			v := start(t, l.Gateways[0], ported(t))
+			reach(t, c)
+			eps := []netip.AddrPort{c.Endpoint()}
+			v.provenAt(c, c.Endpoint())
+			roams := []func() (netip.AddrPort, error){c.RoamPort, c.RoamAddress}
+			if !cfg.Batches {
+				roams = append(roams, c.RoamFamily, c.RoamPort)
+			}
+			for _, roam := range roams {
+				ep, err := roam()
+				if err != nil {
+					t.Fatal(err)
+				}
+				reach(t, c)
+				v.provenAt(c, ep)
+				eps = append(eps, ep)
+			}
+			v.only(c, eps...)
+			// Each by one of the two links alone: had the program not understood the
+			// packets of one, nothing would be seen there.
+			tap := v.ladder.tap
+			for _, link := range []string{"trunk", "lan0"} {
+				index := 0
+				err := v.gw.Do(func() error {
+					l, err := netlink.LinkByName(link)
+					if err == nil {
+						index = l.Attrs().Index
+					}
+					return err
+				})
+				if err == nil {
+					err = tap.s.uplink.Detach(index)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				ep, err := c.RoamPort()
+				if err != nil {
+					t.Fatal(err)
+				}
+				reach(t, c)
+				v.provenAt(c, ep)
+				if err := v.gw.Do(func() error { return tap.s.uplink.Attach(index) }); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // TestPortBulk: the peer roams in the midst of TCP in both directions; also where
 // wireguard-go gives the kernel many packets as one, and takes them so.
 func TestPortBulk(t *testing.T) {

@@ -40,14 +40,17 @@ func (g *Gateway) build(log *slog.Logger) error {
 	if g.ns, err = newNamespace("gateway " + g.Name); err != nil {
 		return err
 	}
-	if err := g.lab.router.addVeth(g.Name, g.ns, lanDev); err != nil {
+	if err := g.lab.router.addVeth(g.Name, g.ns, g.lab.below(lanDev)); err != nil {
+		return err
+	}
+	if err := g.lab.addVLAN(g.ns, lanDev); err != nil {
 		return err
 	}
 	port, err := g.lab.router.link(g.Name)
 	if err != nil {
 		return err
 	}
-	master, err := g.lab.router.link(bridge)
+	master, err := g.lab.router.link(g.lab.below(bridge))
 	if err != nil {
 		return err
 	}

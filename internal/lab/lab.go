@@ -70,6 +70,7 @@ const (
 	bridge = "lan"    // router: the gateways' LAN
 	uplink = "uplink" // both ends of router to clients
 	lanDev = "lan0"   // a gateway's LAN link
+	trunk  = "trunk"  // what these two are above, if they are VLANs
 )
 
 // Config describes a lab. The zero value is two gateways, "a" and "h", and one client.
@@ -86,6 +87,9 @@ type Config struct {
 	OwnSource bool
 	// Userspace makes the WireGuard devices wireguard-go's, whatever the kernel has.
 	Userspace bool
+	// VLAN makes the LAN a VLAN. What passes a gateway's link has the tag beside it, or with
+	// InFrame in it.
+	VLAN, InFrame bool
 	// Batches makes wireguard-go in this process send and receive many packets at once, by
 	// UDP GSO and GRO, with its own bind. That is no good over IPv6: see bind.
 	Batches bool
@@ -106,6 +110,8 @@ type Lab struct {
 
 	ownSource bool
 	batches   bool
+	vlan      bool
+	inFrame   bool
 	prefix    string // of the names of userspace devices
 	router    *namespace
 	clients   *namespace
@@ -143,7 +149,7 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Lab{ownSource: cfg.OwnSource, batches: cfg.Batches, Kernel: !cfg.Userspace && KernelWireGuard(), prefix: prefix}
+	l := &Lab{ownSource: cfg.OwnSource, batches: cfg.Batches, vlan: cfg.VLAN, inFrame: cfg.InFrame, Kernel: !cfg.Userspace && KernelWireGuard(), prefix: prefix}
 	if err := l.build(ctx, cfg); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
@@ -222,10 +228,13 @@ func (l *Lab) buildRouter() error {
 	if err != nil {
 		return fmt.Errorf("set up the router: %w", err)
 	}
-	if err := l.router.nl.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge}}); err != nil {
+	if err := l.router.nl.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: l.below(bridge)}}); err != nil {
 		return fmt.Errorf("make a bridge (modprobe bridge): %w", err)
 	}
-	if err := l.router.linkUp(bridge); err != nil {
+	if err := l.router.linkUp(l.below(bridge)); err != nil {
+		return err
+	}
+	if err := l.addVLAN(l.router, bridge); err != nil {
 		return err
 	}
 	if err := l.router.addVeth(uplink, l.clients, uplink); err != nil {
@@ -369,6 +378,34 @@ func (n *namespace) addVeth(name string, other *namespace, peer string) error {
 		return fmt.Errorf("make link %s to %s (modprobe veth): %w", name, other.name, err)
 	}
 	return errors.Join(n.linkUp(name), other.linkUp(peer))
+}
+
+// below is the link below one of the LAN.
+func (l *Lab) below(name string) string {
+	if l.vlan {
+		return trunk
+	}
+	return name
+}
+
+// addVLAN makes a link of the LAN above the trunk, if it is a VLAN.
+func (l *Lab) addVLAN(n *namespace, name string) error {
+	if !l.vlan {
+		return nil
+	}
+	below, err := n.link(trunk)
+	if err != nil {
+		return err
+	}
+	// A device that does not put the tag aside leaves it to those above.
+	aside := !l.inFrame
+	err = n.nl.LinkAdd(&netlink.Vlan{
+		LinkAttrs: netlink.LinkAttrs{Name: name, ParentIndex: below.Attrs().Index}, VlanId: 7, ReorderHdr: &aside,
+	})
+	if err != nil {
+		return fmt.Errorf("make a VLAN (modprobe 8021q): %w", err)
+	}
+	return n.linkUp(name)
 }
 
 // addAddr gives a link an address and waits until it is in use.
