@@ -135,8 +135,8 @@ func TestPortVLAN(t *testing.T) {
 				eps = append(eps, ep)
 			}
 			v.only(c, eps...)
-			// Each by one of the two links alone: had the program not understood the
-			// packets of one, nothing would be seen there.
+			// Each by one of the two links alone. A dump might show the roam as well; that it is
+			// hinted at shows that the program understands the packets of that link.
 			tap := v.ladder.tap
 			for _, link := range []string{"trunk", "lan0"} {
 				index := 0
@@ -158,6 +158,11 @@ func TestPortVLAN(t *testing.T) {
 					t.Fatal(err)
 				}
 				reach(t, c)
+				await(t, "a hint without "+link, func() bool {
+					v.Tracker.mu.Lock()
+					defer v.Tracker.mu.Unlock()
+					return v.peers[c.Key()].hints.list[0].from == ep
+				})
 				v.provenAt(c, ep)
 				if err := v.gw.Do(func() error { return tap.s.uplink.Attach(index) }); err != nil {
 					t.Fatal(err)

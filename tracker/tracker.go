@@ -85,8 +85,8 @@ type Status struct {
 	// Events counts changes of endpoints.
 	Events uint64
 	// Resyncs counts dumps that were asked for: at the UDP port mostly by hints,
-	// else because events were lost or not what the device did, or peers were
-	// missing in the one before.
+	// else because events were lost or not what the device did, peers were new, or
+	// some were missing in the one before.
 	Resyncs uint64
 	// SweepRepairs counts peers whose endpoint only the sweep got right. It
 	// stays zero unless something is wrong.
