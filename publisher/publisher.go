@@ -254,25 +254,13 @@ func (p *Publisher) sendBeat() {
 }
 
 func (p *Publisher) answer(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-p.asked.ready:
+	p.asked.each(ctx, func(r *feed.Request) int {
+		n, err := p.cfg.Link.Answer(ctx, r, p.cfg.Table.Differing(&r.Have))
+		if err != nil {
+			p.cfg.Log.Debug("answer to a sync request cut short", "node", r.Node, "err", err)
 		}
-		for ctx.Err() == nil {
-			r := p.asked.next()
-			if r == nil {
-				break
-			}
-			records := p.cfg.Table.Differing(&r.Have)
-			n, err := p.cfg.Link.Answer(ctx, r, records)
-			p.asked.sent(r, n)
-			if err != nil {
-				p.cfg.Log.Debug("answer to a sync request cut short", "node", r.Node, "err", err)
-			}
-		}
-	}
+		return n
+	})
 }
 
 func signal(c chan struct{}) {

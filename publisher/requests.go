@@ -4,6 +4,7 @@ package publisher
 
 import (
 	"cmp"
+	"context"
 	"slices"
 	"sync"
 	"time"
@@ -36,7 +37,7 @@ var (
 	unprovenLimit = limit{time.Second, 2}
 )
 
-// requests are the sync requests that wait for an answer: one of each life of a
+// requests are the requests of one kind that wait for an answer: one of each life of a
 // node, the newest. An answer is much larger than its request, so there is a limit
 // to how many a node can have.
 //
@@ -182,4 +183,23 @@ func (q *requests) next() *feed.Request {
 	r := a.waiting
 	a.waiting = nil
 	return r
+}
+
+// each has every request answered, until ctx ends, by a function that returns how many
+// records the answer had.
+func (q *requests) each(ctx context.Context, answer func(*feed.Request) int) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-q.ready:
+		}
+		for ctx.Err() == nil {
+			r := q.next()
+			if r == nil {
+				break
+			}
+			q.sent(r, answer(r))
+		}
+	}
 }

@@ -168,8 +168,22 @@ func (l *Link) Ask(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests
 			list = append(list, target{node: node, via: up})
 		}
 		var errs []error
+		q := question{kindRequest, kindReply, "q", answerWait}
+		read := func(h header, body []byte) error {
+			records, bad, err := decodeRecords(h, body)
+			if err != nil {
+				return err
+			}
+			for range bad {
+				l.refuse(up[0], q.subject, errMalformed)
+			}
+			if len(records) > 0 && !yield(Update{h.Header, records}, nil) {
+				return errStop
+			}
+			return nil
+		}
 		for _, t := range list {
-			err := l.ask(ctx, t, have, yield)
+			err := l.ask(ctx, t, q, have, read)
 			if err == nil || errors.Is(err, errStop) {
 				return
 			}
@@ -185,12 +199,20 @@ func (l *Link) Ask(ctx context.Context, node wgroam.NodeID, have *wgroam.Digests
 
 var errStop = errors.New("the caller has had enough")
 
-// ask does one attempt.
-func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield func(Update, error) bool) error {
+// question is a kind of request.
+type question struct {
+	asks, answers kind
+	subject       string
+	wait          time.Duration // for the first chunk of an answer
+}
+
+// ask does one attempt. Each chunk of the answer goes to read, in order; one for which
+// it returns an error is refused. With errStop it ends.
+func (l *Link) ask(ctx context.Context, t target, q question, have *wgroam.Digests, read func(header, []byte) error) error {
 	req := &Request{Have: *have, asked: t.node}
 	_, _ = rand.Read(req.bind[:]) // never fails
-	inbox, subject := l.inbox(l.self, req.bind), l.prefix+"q"
-	frame := l.keys.seal(nil, l.header(kindRequest, l.asks.Add(1), requestSize, 1), appendRequest(nil, req), subject, nil)
+	inbox, subject := l.inbox(l.self, req.bind), l.prefix+q.subject
+	frame := l.keys.seal(nil, l.header(q.asks, l.asks.Add(1), requestSize, 1), appendRequest(nil, req), subject, nil)
 
 	replies := make(chan *nats.Msg)
 	done := make(chan struct{})
@@ -228,7 +250,7 @@ func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield fu
 	}
 
 	var from Header // the first who answers has the word
-	timer := time.NewTimer(answerWait)
+	timer := time.NewTimer(q.wait)
 	defer timer.Stop()
 	for {
 		var m *nats.Msg
@@ -239,36 +261,28 @@ func (l *Link) ask(ctx context.Context, t target, have *wgroam.Digests, yield fu
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		h, body, err := l.keys.open(m.Data, m.Subject, req.bind[:], kindReply)
-		var records []wgroam.Record
-		var bad int
-		if err == nil {
-			records, bad, err = decodeRecords(h, body)
-		}
+		h, body, err := l.keys.open(m.Data, m.Subject, req.bind[:], q.answers)
 		if err != nil {
 			l.refuse(t.via[0], m.Subject, err)
 			continue
 		}
-		for range bad {
-			l.refuse(t.via[0], m.Subject, errMalformed)
-		}
-		if from.Seq == 0 {
+		if from.Node == 0 {
 			from = Header{Node: h.Node, Boot: h.Boot}
 			l.prove(h.Header)
 		}
-		if h.Node != from.Node || h.Boot != from.Boot {
-			continue
-		}
-		if h.Seq <= from.Seq {
-			continue // it came twice
+		if h.Node != from.Node || h.Boot != from.Boot || h.Seq <= from.Seq {
+			continue // another one's, or it came twice
 		}
 		if h.Seq > from.Seq+1 {
 			return fmt.Errorf("%v: chunk %d came after %d", t.node, h.Seq, from.Seq)
 		}
-		from.Seq = h.Seq
-		if len(records) > 0 && !yield(Update{h.Header, records}, nil) {
-			return errStop
+		if err := read(h, body); errors.Is(err, errStop) {
+			return err
+		} else if err != nil {
+			l.refuse(t.via[0], m.Subject, err)
+			continue
 		}
+		from.Seq = h.Seq
 		if h.flags&flagLast != 0 {
 			return nil
 		}

@@ -262,6 +262,7 @@ func (c *conn) subscribe(nc *nats.Conn) {
 	for subject, f := range map[string]func(*conn, *nats.Msg){
 		c.l.prefix + "*.*": c.l.receive,
 		c.l.prefix + "q":   c.l.receiveRequest,
+		c.l.prefix + "s":   c.l.receiveSetupRequest,
 	} {
 		sub, err := nc.Subscribe(subject, func(m *nats.Msg) {
 			c.l.count.receivedFrame(m.Data)

@@ -13,7 +13,8 @@
 //	u.<node>           updates
 //	b.<node>           beats
 //	q                  sync requests
-//	r.<node>.<nonce>   sync replies
+//	s                  requests for setups
+//	r.<node>.<nonce>   replies to both
 //
 // so that publish and subscribe on wgroam.v1.<group>.> is all the permission
 // that a node needs. <node> is a wgroam.NodeID in hexadecimal.
@@ -109,6 +110,8 @@ type Link struct {
 	onBeat    []func(Beat)
 	onRequest []func(*Request)
 	onEvent   []func(Event)
+
+	onSetupRequest []func(*Request)
 
 	count   counters
 	clash   limiter
@@ -335,9 +338,6 @@ func (l *Link) Answer(ctx context.Context, r *Request, records []wgroam.Record) 
 	h := l.header(kindReply, 0, wgroam.RecordSize, 0)
 	var body, out []byte
 	for h.flags&flagLast == 0 {
-		if err := ctx.Err(); err != nil {
-			return sent, err
-		}
 		chunk := records[:min(len(records), MaxRecords)]
 		records = records[len(chunk):]
 		if len(records) == 0 {
@@ -346,16 +346,28 @@ func (l *Link) Answer(ctx context.Context, r *Request, records []wgroam.Record) 
 		h.Seq++
 		h.count = uint16(len(chunk))
 		body = appendRecords(body[:0], chunk)
-		out = l.keys.seal(out[:0], h, body, r.inbox, r.bind[:])
-		if !r.via.up.Load() {
-			return sent, fmt.Errorf("answer %v: %w: %s", r.Node, ErrNoLink, r.via.name)
-		}
-		if err := r.via.publish(r.inbox, out); err != nil {
-			return sent, fmt.Errorf("answer %v: %w", r.Node, err)
+		if out, err = l.reply(ctx, r, h, body, out); err != nil {
+			return sent, err
 		}
 		sent += len(chunk)
 	}
 	return sent, nil
+}
+
+// reply sends one chunk of an answer, unless ctx has ended. It makes the frame in
+// buf, and returns that for the next one.
+func (l *Link) reply(ctx context.Context, r *Request, h header, body, buf []byte) ([]byte, error) {
+	if err := ctx.Err(); err != nil {
+		return buf, err
+	}
+	buf = l.keys.seal(buf[:0], h, body, r.inbox, r.bind[:])
+	if !r.via.up.Load() {
+		return buf, fmt.Errorf("answer %v: %w: %s", r.Node, ErrNoLink, r.via.name)
+	}
+	if err := r.via.publish(r.inbox, buf); err != nil {
+		return buf, fmt.Errorf("answer %v: %w", r.Node, err)
+	}
+	return buf, nil
 }
 
 // Flush waits until all that was published has reached a server, or ctx ends.
@@ -441,8 +453,15 @@ func (l *Link) inbox(node wgroam.NodeID, bind [bindSize]byte) string {
 }
 
 // receiveRequest handles a message on q.
-func (l *Link) receiveRequest(c *conn, m *nats.Msg) {
-	h, body, err := l.keys.open(m.Data, m.Subject, nil, kindRequest)
+func (l *Link) receiveRequest(c *conn, m *nats.Msg) { l.request(c, m, kindRequest, l.onRequest) }
+
+// receiveSetupRequest handles a message on s.
+func (l *Link) receiveSetupRequest(c *conn, m *nats.Msg) {
+	l.request(c, m, kindSetupRequest, l.onSetupRequest)
+}
+
+func (l *Link) request(c *conn, m *nats.Msg, want kind, to []func(*Request)) {
+	h, body, err := l.keys.open(m.Data, m.Subject, nil, want)
 	if err != nil {
 		l.refuse(c, m.Subject, err)
 		return
@@ -463,7 +482,7 @@ func (l *Link) receiveRequest(c *conn, m *nats.Msg) {
 	r.inbox, r.via = l.inbox(h.Node, r.bind), c
 	r.Unproven = !l.isProven(h.Header)
 	l.count.requests.Add(1)
-	for _, f := range l.onRequest {
+	for _, f := range to {
 		f(r)
 	}
 }

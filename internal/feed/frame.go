@@ -19,7 +19,7 @@ import (
 //
 //	 0  version      u8, 1
 //	 1  type         u8, see kind
-//	 2  flags        u16, bit 0: last chunk of a sync reply
+//	 2  flags        u16, bit 0: last chunk of a reply
 //	 4  key id       u32
 //	 8  record size  u16
 //	10  count        u16
@@ -30,7 +30,7 @@ import (
 //	60  body         count records of record size, sealed with XChaCha20-Poly1305
 //	    tag          16 bytes
 //
-// The first 36 bytes, the subject the frame is published on, and in a sync
+// The first 36 bytes, the subject the frame is published on, and in a
 // reply the nonce of the request are authenticated with it, so that nothing can
 // be moved between groups, kinds, writers or requests. Newer versions may
 // append fields to a record; readers skip what they do not know.
@@ -57,6 +57,9 @@ const (
 	kindBeat    kind = 2
 	kindRequest kind = 3
 	kindReply   kind = 4
+
+	kindSetupRequest kind = 5 // as kindRequest, with the digests of setups
+	kindSetupReply   kind = 6
 )
 
 const flagLast = 1 << 0
@@ -69,8 +72,8 @@ type Header struct {
 	Boot uint64
 	// Seq of an update counts the updates of that boot, from 1. That of a beat
 	// is the Seq of the last update before it, 0 when there was none. That of a
-	// sync request counts the requests of that boot, from 1. That of a sync
-	// reply counts its chunks, from 1.
+	// request counts the requests of that boot, from 1. That of a reply counts
+	// its chunks, from 1.
 	Seq uint64
 }
 
@@ -309,10 +312,11 @@ func decodeBeat(h header, body []byte) (Beat, error) {
 	}, nil
 }
 
-// Request is another node's wish to know what we have and it has not.
+// Request is another node's wish to know what we have and it has not: in the table,
+// or of the setups.
 type Request struct {
 	Header
-	// Have are the digests of the table of the node that asks.
+	// Have are the digests of the node that asks.
 	Have wgroam.Digests
 	// Unproven is as in Beat: it can be a recording.
 	Unproven bool
@@ -323,7 +327,7 @@ type Request struct {
 	via   *conn
 }
 
-// appendRequest appends the body of a sync request:
+// appendRequest appends the body of a request:
 //
 //	 0  nonce    16 bytes, random: the reply is sealed with it, and names its
 //	             subject with it

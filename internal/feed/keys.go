@@ -41,6 +41,7 @@ type secrets struct {
 	kid    uint32
 	digest [32]byte
 	alias  [32]byte // of addresses
+	setup  [32]byte // of peers' setups
 	prk    [SecretSize]byte
 	aead   cipher.AEAD // of frames
 	file   cipher.AEAD // of snapshots
@@ -95,7 +96,7 @@ func KeysOf(secret [SecretSize]byte) (Keys, error) {
 		return b
 	}
 	seal, digest := expand("seal", chacha20poly1305.KeySize), expand("digest", 32)
-	alias := expand("alias", 32)
+	alias, setup := expand("alias", 32), expand("setup", 32)
 	file := expand("snapshot", chacha20poly1305.KeySize)
 	group, kid := expand("group", 16), expand("kid", 4)
 	seed := expand("tls", ed25519.SeedSize)
@@ -106,6 +107,7 @@ func KeysOf(secret [SecretSize]byte) (Keys, error) {
 	defer clear(file)
 	defer clear(digest)
 	defer clear(alias)
+	defer clear(setup)
 	defer clear(seed)
 
 	s := &secrets{
@@ -113,6 +115,7 @@ func KeysOf(secret [SecretSize]byte) (Keys, error) {
 		kid:    binary.BigEndian.Uint32(kid),
 		digest: [32]byte(digest),
 		alias:  [32]byte(alias),
+		setup:  [32]byte(setup),
 		prk:    secret,
 	}
 	if s.aead, err = chacha20poly1305.NewX(seal); err != nil {
@@ -186,6 +189,10 @@ func (k Keys) Subjects() string { return "wgroam.v1." + k.Group() + ".>" }
 // DigestKey returns the key of the group's table digests, for
 // wgroam.NewTable.
 func (k Keys) DigestKey() [32]byte { return k.s().digest }
+
+// SetupKey returns the key of the hashes in the setups of peers, for wg.Client.Setups:
+// who does not have it cannot try what an allowed IP or a preshared key may be.
+func (k Keys) SetupKey() [32]byte { return k.s().setup }
 
 // Alias returns 16 hexadecimal digits that stand for an address where it is not to
 // be read. All nodes of the group have the same for an address; without the key

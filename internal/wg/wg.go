@@ -7,11 +7,16 @@
 package wg
 
 import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"io/fs"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -157,28 +162,34 @@ func (c *Client) Device(name string) (Device, error) {
 		if err != nil {
 			return err
 		}
-		out = Device{
-			Name:      d.Name,
-			Kernel:    d.Type == wgtypes.LinuxKernel,
-			PublicKey: wgroam.Key(d.PublicKey),
-			Port:      d.ListenPort,
-			Peers:     make([]Peer, len(d.Peers)),
-		}
-		for i := range d.Peers {
-			p := &d.Peers[i]
-			out.Peers[i] = Peer{
-				Key:           wgroam.Key(p.PublicKey),
-				Endpoint:      addrPort(p.Endpoint),
-				LastHandshake: p.LastHandshakeTime,
-				Keepalive:     p.PersistentKeepaliveInterval,
-				Received:      p.ReceiveBytes,
-			}
-			clear(p.PresharedKey[:])
-		}
-		clear(d.PrivateKey[:])
+		out = withoutSecrets(d)
 		return nil
 	})
 	return out, err
+}
+
+// withoutSecrets returns what we keep of a dump, and zeroes the secrets in it.
+func withoutSecrets(d *wgtypes.Device) Device {
+	out := Device{
+		Name:      d.Name,
+		Kernel:    d.Type == wgtypes.LinuxKernel,
+		PublicKey: wgroam.Key(d.PublicKey),
+		Port:      d.ListenPort,
+		Peers:     make([]Peer, len(d.Peers)),
+	}
+	for i := range d.Peers {
+		p := &d.Peers[i]
+		out.Peers[i] = Peer{
+			Key:           wgroam.Key(p.PublicKey),
+			Endpoint:      addrPort(p.Endpoint),
+			LastHandshake: p.LastHandshakeTime,
+			Keepalive:     p.PersistentKeepaliveInterval,
+			Received:      p.ReceiveBytes,
+		}
+		clear(p.PresharedKey[:])
+	}
+	clear(d.PrivateKey[:])
+	return out
 }
 
 // PrivateKey returns the device's private key as the kernel holds it, clamped.
@@ -202,6 +213,50 @@ func (c *Client) PrivateKey(name string) ([32]byte, error) {
 		err = fmt.Errorf("%w: set one with: wg set %s private-key FILE", ErrNoKey, name)
 	}
 	return key, err
+}
+
+// Setups dumps a device as Device does, and how it is configured for its peers, in
+// hashes under a key that whoever is to compare them shares.
+func (c *Client) Setups(name string, key [32]byte) (dev Device, setups wgroam.Setups, err error) {
+	err = c.do(name, func(ctrl *wgctrl.Client) error {
+		d, err := ctrl.Device(name)
+		if err != nil {
+			return err
+		}
+		mac := hmac.New(sha256.New, key[:])
+		list := make([]wgroam.Setup, len(d.Peers))
+		for i := range d.Peers {
+			list[i] = setupOf(mac, &d.Peers[i])
+		}
+		dev, setups = withoutSecrets(d), wgroam.NewSetups(list)
+		return nil
+	})
+	return dev, setups, err
+}
+
+// setupOf hashes what a peer is configured with.
+func setupOf(mac hash.Hash, p *wgtypes.Peer) wgroam.Setup {
+	sum := func(what byte, value []byte) uint64 {
+		var out [sha256.Size]byte
+		mac.Reset()
+		_, _ = mac.Write([]byte{what}) // none of these fails
+		_, _ = mac.Write(p.PublicKey[:])
+		_, _ = mac.Write(value)
+		return binary.BigEndian.Uint64(mac.Sum(out[:0]))
+	}
+	allowed := make([]netip.Prefix, 0, len(p.AllowedIPs))
+	for _, n := range p.AllowedIPs {
+		addr, _ := netip.AddrFromSlice(n.IP)
+		bits, _ := n.Mask.Size()
+		allowed = append(allowed, netip.PrefixFrom(addr.Unmap(), bits))
+	}
+	// The kernel has them in no order that means anything.
+	slices.SortFunc(allowed, netip.Prefix.Compare)
+	var ips []byte
+	for _, a := range allowed {
+		ips = append(append(ips, a.String()...), ' ')
+	}
+	return wgroam.Setup{Peer: wgroam.Key(p.PublicKey), AllowedIPs: sum('a', ips), PresharedKey: sum('p', p.PresharedKey[:])}
 }
 
 // SetEndpoints writes the endpoints of peers that the device has, and nothing
