@@ -14,6 +14,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -28,6 +29,7 @@ import (
 	"github.com/wgroam/wgroam/internal/feed"
 	"github.com/wgroam/wgroam/internal/lab"
 	"github.com/wgroam/wgroam/internal/natsd"
+	"github.com/wgroam/wgroam/internal/wg"
 )
 
 // startBus starts an existing NATS on a gateway's LAN address and returns its
@@ -154,6 +156,8 @@ func TestBus(t *testing.T) {
 		t.Fatal(err)
 	}
 	secrets = append(secrets, written(dev.PrivateKey[:])...)
+	hidden := compareSetups(t, l, nodes[:2])
+	secrets = append(secrets, hidden...)
 
 	group := nodes[0].status().Group
 	if other := nodes[2].status().Group; other == group {
@@ -172,7 +176,7 @@ func TestBus(t *testing.T) {
 				strangers = append(strangers, m)
 			}
 		}
-		return kinds["u"] && kinds["b"] && kinds["q"] && kinds["r"] && len(strangers) > 0, fmt.Sprint(kinds, len(strangers))
+		return kinds["u"] && kinds["b"] && kinds["q"] && kinds["s"] && kinds["r"] && len(strangers) > 0, fmt.Sprint(kinds, len(strangers))
 	})
 	if err := sub.Unsubscribe(); err != nil {
 		t.Fatal(err)
@@ -181,6 +185,14 @@ func TestBus(t *testing.T) {
 		for _, s := range secrets {
 			if bytes.Contains(m.Data, s) || strings.Contains(m.Subject, string(s)) || strings.Contains(m.Reply, string(s)) {
 				t.Errorf("%q, of a key or an address, is to be read in a message on %s", s, m.Subject)
+			}
+		}
+	}
+
+	for _, n := range nodes {
+		for _, s := range hidden {
+			if strings.Contains(n.stderr.String(), string(s)) {
+				t.Errorf("%q, of a secret, is in the log of %s", s, n.gw.Name)
 			}
 		}
 	}
@@ -258,6 +270,70 @@ func TestBus(t *testing.T) {
 			t.Errorf("nothing was refused for reason %s: %v", why, after.Feed.Refused)
 		}
 	}
+}
+
+// compareSetups has two nodes compare how their devices are configured, of which one
+// has another preshared key, and returns what of that must not be read anywhere: all
+// preshared keys, the private key, and the hashes.
+func compareSetups(t *testing.T, l *lab.Lab, nodes []*node) (hidden [][]byte) {
+	t.Helper()
+	peers := ghosts(t, l, 3)
+	psk := wgtypes.Key{1, 2, 3, 4, 5, 6, 7, 8}
+	configure(t, nodes[1].gw, wgtypes.PeerConfig{PublicKey: peers[0].PublicKey, UpdateOnly: true, PresharedKey: &psk})
+	for _, n := range nodes {
+		f := n.awaitFinding("peers", "1 preshared-key")
+		if len(f.Peers) != 1 || wgtypes.Key(f.Peers[0].Peer) != peers[0].PublicKey {
+			t.Errorf("%+v", f)
+		}
+		dev, err := n.gw.WG().Device(n.gw.Device())
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys, err := feed.Derive(dev.PrivateKey, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hidden = append(hidden, written(dev.PrivateKey[:])...)
+		for _, p := range dev.Peers {
+			if p.PresharedKey != (wgtypes.Key{}) {
+				hidden = append(hidden, written(p.PresharedKey[:])...)
+			}
+		}
+		var setups wgroam.Setups
+		if err := n.gw.Do(func() error {
+			client, err := wg.Open()
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			_, setups, err = client.Setups(n.gw.Device(), keys.SetupKey())
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		none := wgroam.Digests{}
+		all := setups.Differing(&none, 1000).Setups
+		if len(all) != len(dev.Peers) {
+			t.Fatalf("%d setups of %d peers", len(all), len(dev.Peers))
+		}
+		for _, s := range all {
+			for _, hash := range []uint64{s.AllowedIPs, s.PresharedKey} {
+				hidden = append(hidden, fmt.Append(nil, hash))
+				hidden = append(hidden, written(be.BigEndian.AppendUint64(nil, hash))...)
+			}
+		}
+	}
+	for _, n := range nodes {
+		for _, args := range [][]string{{"check"}, {"check", "--json"}, {"status", "--json"}, {"peers", "--json"}} {
+			out, _ := exec.CommandContext(t.Context(), binary(t), append(args, "--socket", n.socket)...).CombinedOutput() // not ready
+			for _, s := range hidden {
+				if bytes.Contains(out, s) {
+					t.Errorf("%q, of a secret, is in the output of %v: %s", s, args, out)
+				}
+			}
+		}
+	}
+	return hidden
 }
 
 func pick(msgs []*nats.Msg, prefix string) *nats.Msg {

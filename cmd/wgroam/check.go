@@ -13,33 +13,19 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/control"
 )
 
 // The states of a finding.
 const (
-	checkOK   = "ok"
-	checkWarn = "warn" // works, less well than it could
-	checkFail = "fail" // not ready
+	checkOK   = control.CheckOK
+	checkWarn = control.CheckWarn
+	checkFail = control.CheckFail
 )
 
-// finding is one thing that check looked at.
-type finding struct {
-	Device string `json:"device"`          // empty: the node
-	Netns  string `json:"netns,omitempty"` // as in the status
-	Check  string `json:"check"`           // config, daemon, privilege, btf, hook, port, events, role, failover, device, detector, losses, applier, snapshot, feed, metrics
-	State  string `json:"state"`           // ok, warn, fail
-	Detail string `json:"detail"`
-	Do     string `json:"do"` // what to do about it; empty when ok
-}
-
-// checkReport is the answer of the verb check.
-type checkReport struct {
-	Schema int       `json:"schema"`
-	Ready  bool      `json:"ready"` // nothing has failed
-	Checks []finding `json:"checks"`
-}
+type finding = control.Finding
 
 // errNotReady ends check where something has failed; the report says what.
 var errNotReady = errors.New("not ready: see the lines with fail")
@@ -55,44 +41,46 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	if err := parse(args); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	report := checkReport{Schema: control.Schema, Ready: true}
-	var cfg config.Config
+	var (
+		findings []finding
+		cfg      config.Config
+	)
 	if *file != "" {
 		var err error
 		f := finding{Check: "config", State: checkOK, Detail: *file + " can be read"}
 		if cfg, err = config.Load(*file); err != nil {
 			f = finding{Check: "config", State: checkFail, Detail: err.Error(), Do: "correct it: the daemon does not start with it"}
 		}
-		report.Checks = append(report.Checks, f)
+		findings = append(findings, f)
 	}
 	path := cmp.Or(*socket, cfg.ControlSocket, defaultSocket)
-	var status control.Status
 	if *feedOnly {
+		var status control.Status
 		if err := control.Get(ctx, path, control.VerbStatus, &status); err != nil {
 			return err
 		}
 		return inStep(status)
 	}
-	switch err := control.Get(ctx, path, control.VerbStatus, &status); {
+	var answer control.Check
+	switch err := control.Get(ctx, path, control.VerbCheck, &answer); {
 	case errors.Is(err, control.ErrNoDaemon):
-		report.Checks = append(report.Checks, finding{
+		findings = append(findings, finding{
 			Check: "daemon", State: checkFail, Detail: "no daemon answers on " + path,
 			Do: "start one with wgroam run, or pass its --config or --socket",
 		})
-		report.Checks = append(report.Checks, checkHost()...)
+		findings = append(findings, checkHost()...)
 		if len(cfg.Devices) > 0 {
-			report.Checks = append(report.Checks, checkConfig(ctx, cfg)...)
+			findings = append(findings, checkConfig(ctx, cfg)...)
 		}
 	case err != nil:
 		return err
 	default:
-		report.Checks = append(report.Checks, checkStatus(status)...)
+		findings = append(findings, answer.Checks...)
+		findings = append(findings, checkFiles(wgQuickDir, answer.Checks)...)
 	}
-	for _, f := range report.Checks {
-		report.Ready = report.Ready && f.State != checkFail
-	}
+	report := control.NewCheck(findings)
 	if err := printReport(e, report, *asJSON); err != nil {
 		return err
 	}
@@ -102,7 +90,14 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	return nil
 }
 
-func printReport(e env, report checkReport, asJSON bool) error {
+// checkTimeout bounds a check: with many peers, devices are read and compared for some
+// seconds.
+const checkTimeout = 30 * time.Second
+
+// namedPeers is how many peers of a finding people get to see.
+const namedPeers = 5
+
+func printReport(e env, report control.Check, asJSON bool) error {
 	if asJSON {
 		return json.NewEncoder(e.stdout).Encode(report)
 	}
@@ -115,6 +110,13 @@ func printReport(e env, report checkReport, asJSON bool) error {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", f.State, device, f.Check, f.Detail)
 		if f.Do != "" {
 			fmt.Fprintf(w, "\t\t\t  %s\n", f.Do)
+		}
+		for i, p := range f.Peers {
+			if i == namedPeers {
+				fmt.Fprintf(w, "\t\t\t  and %d more: see --json\n", len(f.Peers)-i)
+				break
+			}
+			fmt.Fprintf(w, "\t\t\t  %v %s\n", p.Peer, p.What)
 		}
 	}
 	return w.Flush()
@@ -150,7 +152,7 @@ func checkDevice(d control.DeviceStatus) []finding {
 		if state == checkOK {
 			do = ""
 		}
-		out = append(out, finding{d.Name, d.Netns, check, state, detail, do})
+		out = append(out, finding{Device: d.Name, Netns: d.Netns, Check: check, State: state, Detail: detail, Do: do})
 	}
 	warnIf := func(bad bool) string {
 		if bad {
@@ -167,8 +169,13 @@ func checkDevice(d control.DeviceStatus) []finding {
 		add("device", checkFail, withReason(d.State, d.LastError), missingDevice)
 		return out
 	}
-	if d.Failover.Error != "" {
+	switch {
+	case d.Failover.Error != "":
 		add("failover", checkFail, d.Failover.Error, "see the log of the daemon")
+	case d.Role == string(failover.Standby) && d.Failover.State != failover.StateQuiet:
+		add("failover", checkFail, withReason("the device is not quiet yet", d.Failover.State), "wait a moment, or see the log of the daemon")
+	case d.Failover.State != "" && d.Failover.State != failover.StateIdle:
+		add("failover", checkOK, "the device is "+d.Failover.State, "")
 	}
 	add("device", checkOK, fmt.Sprintf("%s, %d peers", d.State, d.Peers), "")
 	switch d.Detector.Rung {
@@ -188,7 +195,37 @@ func checkDevice(d control.DeviceStatus) []finding {
 	if d.Snapshot.Error != "" {
 		add("snapshot", checkWarn, d.Snapshot.Error, "make room in state.dir, and let wgroam write there: the table is in memory only")
 	}
-	return append(out, checkFeed(d)...)
+	out = append(out, checkFeed(d)...)
+	if f, ok := checkClock(d); ok {
+		out = append(out, f)
+	}
+	return out
+}
+
+// skewWarn is the difference between two clocks that peers would notice after a
+// failover.
+const skewWarn = 1000 // ms
+
+// checkClock compares this host's clock with those of the other nodes; false if there
+// are none.
+func checkClock(d control.DeviceStatus) (finding, bool) {
+	if len(d.Feed.Nodes) == 0 {
+		return finding{}, false
+	}
+	f := finding{Device: d.Name, Netns: d.Netns, Check: "clock", State: checkOK, Detail: "agrees with those of the other nodes"}
+	slowest := slices.MinFunc(d.Feed.Nodes, func(a, b control.NodeStatus) int { return cmp.Compare(a.SkewMS, b.SkewMS) })
+	switch seconds := float64(d.ClockBehindMS) / 1000; {
+	case d.ClockBehindMS > skewWarn && (d.Role == string(failover.Active) || d.Role == string(failover.Always)):
+		f.State, f.Detail = checkWarn, fmt.Sprintf("%.1f s behind the group's: peers that were another node's before ignore this one's handshakes for so long", seconds)
+	case d.ClockBehindMS > skewWarn:
+		f.State, f.Detail = checkFail, fmt.Sprintf("%.1f s behind the group's: peers would ignore the handshakes of this node for so long", seconds)
+	case -slowest.SkewMS > skewWarn:
+		f.State, f.Detail = checkWarn, fmt.Sprintf("%.1f s ahead of %s's: peers would ignore the handshakes of that node for so long", float64(-slowest.SkewMS)/1000, slowest.Name)
+	}
+	if f.State != checkOK {
+		f.Do = "set the clocks, and keep all nodes on NTP"
+	}
+	return f, true
 }
 
 const missingDevice = "create the device and give it its private key, or correct its name in the configuration"
@@ -217,16 +254,12 @@ func inStep(s control.Status) error {
 	return nil
 }
 
-// skewWarn is the difference between two clocks that peers would notice after a
-// failover.
-const skewWarn = 1000 // ms
-
 const underFormer = "give its device the new private key, or its configuration the new secret_file"
 
 func checkFeed(d control.DeviceStatus) []finding {
 	var out []finding
 	add := func(state, detail, do string) {
-		out = append(out, finding{d.Name, d.Netns, "feed", state, detail, do})
+		out = append(out, finding{Device: d.Name, Netns: d.Netns, Check: "feed", State: state, Detail: detail, Do: do})
 	}
 	if d.Feed.Mode == control.FeedNone {
 		add(checkWarn, "none: no other node hears of roams", "set nats.listen and nats.peers, or nats.url")
@@ -254,8 +287,6 @@ func checkFeed(d control.DeviceStatus) []finding {
 		switch {
 		case n.State == control.NodeStale:
 			add(checkFail, detail, "it is silent: see wgroam status there")
-		case max(n.SkewMS, -n.SkewMS) > skewWarn:
-			add(checkWarn, detail, "keep both nodes on NTP: peers ignore the handshakes of a clock that is behind for that long")
 		case n.Former:
 			add(checkWarn, detail+", under former keys", underFormer)
 		case n.State == control.NodeSyncing:

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/control"
 )
 
@@ -35,15 +36,22 @@ func TestCheckStatus(t *testing.T) {
 		"port": {func(d *control.DeviceStatus) {
 			d.Detector = control.Detector{Rung: control.RungPort, Reason: "user space"}
 		}, "", ""},
-		"repaired":        {func(d *control.DeviceStatus) { d.SweepRepairs = 1 }, "losses", checkWarn},
-		"not applied":     {func(d *control.DeviceStatus) { d.ApplyErrors, d.LastError = 1, "EINVAL" }, "applier", checkWarn},
-		"disk full":       {func(d *control.DeviceStatus) { d.Snapshot.Error = "no space left" }, "snapshot", checkWarn},
-		"not serving":     {func(d *control.DeviceStatus) { d.Feed.Error = "address in use" }, "feed", checkFail},
-		"skewed":          {func(d *control.DeviceStatus) { d.Feed.Nodes[0].SkewMS = -9000 }, "feed", checkWarn},
-		"from the future": {func(d *control.DeviceStatus) { d.Feed.Refused = map[string]uint64{"skew": 1, "auth": 1} }, "feed", checkWarn},
-		"alone":           {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
-		"unheard":         {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
-		"disconnected":    {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
+		"repaired":    {func(d *control.DeviceStatus) { d.SweepRepairs = 1 }, "losses", checkWarn},
+		"not applied": {func(d *control.DeviceStatus) { d.ApplyErrors, d.LastError = 1, "EINVAL" }, "applier", checkWarn},
+		"disk full":   {func(d *control.DeviceStatus) { d.Snapshot.Error = "no space left" }, "snapshot", checkWarn},
+		"not serving": {func(d *control.DeviceStatus) { d.Feed.Error = "address in use" }, "feed", checkFail},
+		"ahead":       {func(d *control.DeviceStatus) { d.Feed.Nodes[0].SkewMS = -9000 }, "clock", checkWarn},
+		"behind": {func(d *control.DeviceStatus) {
+			d.Role, d.Failover.State, d.ClockBehindMS = "standby", failover.StateQuiet, 9000
+		}, "clock", checkFail},
+		"active and behind": {func(d *control.DeviceStatus) { d.Role, d.ClockBehindMS = "active", 9000 }, "clock", checkWarn},
+		"a little behind":   {func(d *control.DeviceStatus) { d.ClockBehindMS = 300 }, "", ""},
+		"not quiet":         {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateIdle }, "failover", checkFail},
+		"quiet":             {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateQuiet }, "", ""},
+		"from the future":   {func(d *control.DeviceStatus) { d.Feed.Refused = map[string]uint64{"skew": 1, "auth": 1} }, "feed", checkWarn},
+		"alone":             {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
+		"unheard":           {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
+		"disconnected":      {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
 		"keys are rolled": {func(d *control.DeviceStatus) {
 			c := d.Feed.Connections[0]
 			c.Former, d.Feed.Connections[0].Connected = true, false

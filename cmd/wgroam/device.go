@@ -133,6 +133,8 @@ type device struct {
 	desk *failover.Desk
 	mem  *failover.Memory
 
+	probing sync.Mutex // held while the virtual IP is tried
+
 	mu      sync.Mutex
 	current *session // nil while there is no such link
 	keeper  *failover.Keeper
@@ -171,6 +173,7 @@ type session struct {
 	applier *applier.Applier
 	merger  *applier.Merger
 	state   *snapshot.File
+	setups  *setupReader
 	former  []*member
 }
 
@@ -237,6 +240,13 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		Table: s.table, Link: s.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,
 		Sent: d.d.lag.stage(d.cfg, stageSent),
 	})
+	comparer, err := space.Open()
+	if err != nil {
+		return err
+	}
+	defer comparer.Close()
+	s.setups = &setupReader{client: comparer, name: link.Name, key: keys.SetupKey()}
+	setups := publisher.NewSetups(s.feed, s.setups.setups, d.log)
 	g, ctx := errgroup.WithContext(ctx)
 	if err := s.tracker.Start(); err != nil {
 		g.Go(func() error { return err }) // which ends ctx
@@ -266,6 +276,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	g.Go(func() error { s.merger.Run(ctx); return nil })
 	g.Go(func() error { d.watchClock(ctx, s); return nil })
 	g.Go(func() error { return pub.Run(ctx) })
+	g.Go(func() error { setups.Run(ctx); return nil })
 	g.Go(func() error { s.state.Run(ctx); return nil })
 	for _, m := range s.former {
 		g.Go(func() error {

@@ -124,7 +124,7 @@ func checkConfig(ctx context.Context, cfg config.Config) []finding {
 		out = append(out, f)
 	}
 	for _, d := range cfg.Devices {
-		f := finding{d.Name, d.Netns, "device", checkOK, "is there, and has a private key", ""}
+		f := finding{Device: d.Name, Netns: d.Netns, Check: "device", State: checkOK, Detail: "is there, and has a private key"}
 		if err := readable(d); err != nil {
 			f.State, f.Detail, f.Do = checkFail, err.Error(), missingDevice
 		}

@@ -125,17 +125,12 @@ func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *fa
 			return time.Time{}
 		},
 		Behind: func() time.Duration {
-			var most time.Duration
 			if s := d.live(); s != nil {
-				for _, n := range s.nodes() {
-					most = max(most, n.Skew)
+				if behind := s.behind(); behind > skewWarn*time.Millisecond {
+					return behind
 				}
 			}
-			// Less than this is the way of a heartbeat, and no clock's fault.
-			if most < skewWarn*time.Millisecond {
-				return 0
-			}
-			return most
+			return 0
 		},
 		Log: d.log,
 	})

@@ -94,6 +94,10 @@ func (d *device) status() control.DeviceStatus {
 	if err := s.future(); err != nil {
 		errs = append(errs, err.Error())
 	}
+	behind := s.behind()
+	if out.ClockBehindMS = behind.Milliseconds(); out.ClockBehindMS > skewWarn {
+		errs = append(errs, fmt.Sprintf("this host's clock is %v behind the group's: keep it on NTP, or peers ignore its handshakes for that long", behind.Round(100*time.Millisecond)))
+	}
 	f := s.state.Status()
 	out.Snapshot = control.Snapshot{Path: f.Path, Written: f.Written, Records: f.Records, Writes: f.Writes, Errors: f.Errors}
 	if f.Err != nil {

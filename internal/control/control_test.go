@@ -57,8 +57,8 @@ func testStatus() Status {
 				Alarms:   []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",
-				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"},
-				Events:   1, Lost: 2, Limited: 10, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9, Undone: 11,
+				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"}, ClockBehindMS: 20000,
+				Events: 1, Lost: 2, Limited: 10, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9, Undone: 11,
 				LastError: "none & nothing",
 				Snapshot: Snapshot{
 					Path: "/var/lib/wgroam/5f1d.snapshot", Written: time.Date(2026, 11, 23, 7, 0, 3, 0, zone), Records: 6, Error: "no space left",
@@ -137,8 +137,15 @@ func run(t *testing.T, s *Server) (stop func()) {
 	return stop
 }
 
+func testFindings(context.Context) []Finding {
+	return []Finding{
+		{Check: "daemon", State: CheckOK, Detail: "gw-a runs"},
+		{Device: "wg0", Netns: "blue", Check: "peers", State: CheckFail, Detail: "not as on gw-b", Do: "mend", Peers: []FindingPeer{{key(1), "missing here"}}},
+	}
+}
+
 func handler() Handler {
-	return Handler{Status: testStatus, Peers: testPeers, Events: NewHub(), SetRole: func(device, role string) error {
+	return Handler{Status: testStatus, Peers: testPeers, Check: testFindings, Events: NewHub(), SetRole: func(device, role string) error {
 		if role != "active" || device != "wg0" {
 			return fmt.Errorf("%s of %s", role, strings.TrimSpace(device+" all"))
 		}
@@ -180,7 +187,7 @@ func golden(t *testing.T, name string, got []byte) {
 
 func TestGet(t *testing.T) {
 	path := serve(t, handler())
-	for _, verb := range []string{VerbStatus, VerbPeers} {
+	for _, verb := range []string{VerbStatus, VerbPeers, VerbCheck} {
 		var one, two json.RawMessage
 		if err := Get(t.Context(), path, verb, &one); err != nil {
 			t.Fatal(err)
@@ -215,10 +222,11 @@ func TestEmpty(t *testing.T) {
 	h := Handler{
 		Status: func() Status { return Status{Devices: []DeviceStatus{{}}} },
 		Peers:  func() []Peer { return nil },
+		Check:  func(context.Context) []Finding { return nil },
 		Events: NewHub(),
 	}
 	path := serve(t, h)
-	for _, verb := range []string{VerbStatus, VerbPeers} {
+	for _, verb := range []string{VerbStatus, VerbPeers, VerbCheck} {
 		var got json.RawMessage
 		if err := Get(t.Context(), path, verb, &got); err != nil {
 			t.Fatal(err)
@@ -239,6 +247,17 @@ func TestSettleCopies(t *testing.T) {
 	}
 	if want := testPeers(); !reflect.DeepEqual(want, peers) {
 		t.Error("settlePeers has changed the peers of its caller")
+	}
+}
+
+// TestCheckReady: what fails decides, and what only warns does not.
+func TestCheckReady(t *testing.T) {
+	many := make([]FindingPeer, MaxFindingPeers+1)
+	for state, ready := range map[string]bool{CheckOK: true, CheckWarn: true, CheckFail: false} {
+		c := NewCheck([]Finding{{State: CheckOK}, {State: state, Peers: many}, {State: CheckOK}})
+		if c.Ready != ready || c.Schema != Schema || len(c.Checks) != 3 || len(c.Checks[1].Peers) != MaxFindingPeers {
+			t.Errorf("%s: ready is %v, %d peers", state, c.Ready, len(c.Checks[1].Peers))
+		}
 	}
 }
 
@@ -265,7 +284,7 @@ func TestSchemaIsComplete(t *testing.T) {
 	}
 	s := testStatus().settle()
 	d := s.Devices[0]
-	for _, v := range []any{s, d, d.Feed.Connections[1], d.Feed.Nodes[1], testPeers()[1], settlePeers(testPeers())} {
+	for _, v := range []any{s, d, d.Feed.Connections[1], d.Feed.Nodes[1], testPeers()[1], settlePeers(testPeers()), testFindings(t.Context())[1]} {
 		for _, path := range unset(fmt.Sprintf("%T", v), reflect.ValueOf(v)) {
 			if path != "control.FeedConnection.Connection.Connected" && !strings.HasSuffix(path, ".Netns") {
 				t.Errorf("%s is not set", path)

@@ -28,6 +28,7 @@ func TestDocumented(t *testing.T) {
 		{"status", reflect.TypeFor[Status]()},
 		{"peers", reflect.TypeFor[Peers]()},
 		{"watch", reflect.TypeFor[Event]()},
+		{"check", reflect.TypeFor[Check]()},
 	} {
 		if len(sections) <= i+1 || !strings.HasPrefix(sections[i+1], c.name+"\n") {
 			t.Fatalf("no section %q", c.name)

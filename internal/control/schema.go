@@ -66,6 +66,9 @@ type DeviceStatus struct {
 	VIP        []netip.Addr `json:"vip"`   // in the order of the configuration
 	Group      string       `json:"group"` // group id; empty until the device's key is known
 	Detector   Detector     `json:"detector"`
+	// ClockBehindMS is by how much this host's clock is behind the furthest of the
+	// other nodes': so long would peers ignore its handshakes. 0 when it is not.
+	ClockBehindMS int64 `json:"clock_behind_ms"`
 
 	Events       uint64 `json:"events"`        // endpoint changes reported by the detector
 	Lost         uint64 `json:"lost"`          // changes that the detector had no room for, on all devices
@@ -240,6 +243,59 @@ type Peer struct {
 	Applied  string    `json:"applied"`
 	Error    string    `json:"error"` // why Applied is no; empty when unknown or none
 }
+
+// The values of Finding.State.
+const (
+	CheckOK   = "ok"
+	CheckWarn = "warn" // works, less well than it could
+	CheckFail = "fail" // not ready
+)
+
+// Check is the answer to the verb check: what would be if the node were promoted now.
+type Check struct {
+	Schema int       `json:"schema"`
+	Ready  bool      `json:"ready"`  // nothing has failed
+	Checks []Finding `json:"checks"` // in the order in which people read them
+}
+
+// MaxFindingPeers is how many peers a Finding names at most.
+const MaxFindingPeers = 1000
+
+// Finding is one thing that was looked at.
+type Finding struct {
+	Device string `json:"device"`          // empty: the node
+	Netns  string `json:"netns,omitempty"` // as DeviceStatus.Netns
+	// Check is what was looked at: see doc/json.md.
+	Check  string `json:"check"`
+	State  string `json:"state"`  // ok, warn, fail
+	Detail string `json:"detail"` // for people
+	Do     string `json:"do"`     // what to do about it; empty when ok
+	// Peers are those that it is about: at most MaxFindingPeers.
+	Peers []FindingPeer `json:"peers,omitempty"`
+}
+
+// FindingPeer is a peer of a Finding.
+type FindingPeer struct {
+	Peer wgroam.Key `json:"peer"` // base64
+	// What is, of peers: missing here, missing there, allowed-ips, preshared-key; of
+	// table: what applied is in Peer.
+	What string `json:"what"`
+}
+
+// settle gives c its fixed form.
+func (c Check) settle() Check {
+	c.Schema, c.Ready = Schema, true
+	c.Checks = append([]Finding{}, c.Checks...)
+	for i := range c.Checks {
+		f := &c.Checks[i]
+		c.Ready = c.Ready && f.State != CheckFail
+		f.Peers = f.Peers[:min(len(f.Peers), MaxFindingPeers)]
+	}
+	return c
+}
+
+// NewCheck returns the findings as a Check.
+func NewCheck(findings []Finding) Check { return Check{Checks: findings}.settle() }
 
 // Event is one line of the verb watch: a change of a peer's endpoint in this
 // node's device.

@@ -38,6 +38,7 @@ import (
 const (
 	VerbStatus = "status"
 	VerbPeers  = "peers"
+	VerbCheck  = "check"
 	VerbWatch  = "watch"
 	VerbRole   = "role"
 )
@@ -56,6 +57,8 @@ var ErrInUse = errors.New("socket in use")
 type Handler struct {
 	Status func() Status
 	Peers  func() []Peer
+	// Check may take seconds; it ends early with ctx.
+	Check  func(ctx context.Context) []Finding
 	Events *Hub
 	// SetRole gives the verb's word: active, standby, or auto to take it back. The
 	// device is empty for all whose role is not fixed.
@@ -229,6 +232,8 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 		_ = encode(c, s.handler.Status().settle())
 	case req.Verb == VerbPeers:
 		_ = encode(c, settlePeers(s.handler.Peers()))
+	case req.Verb == VerbCheck:
+		_ = encode(c, NewCheck(s.handler.Check(ctx)))
 	case req.Verb == VerbWatch:
 		// A client may stop reading for as long as it likes (a pager does):
 		// its queue is bounded, and nobody waits for it.
