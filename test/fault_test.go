@@ -3,6 +3,7 @@
 package test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -220,8 +221,9 @@ func (w *world) quiet() (longest time.Duration) {
 // fault is something that breaks while clients roam, and is mended.
 type fault struct {
 	name   string
-	bus    bool     // two gateways on an existing NATS
-	more   []string // gateways of a mesh, besides two
+	lasts  time.Duration // zero: as the flag says
+	bus    bool          // two gateways on an existing NATS
+	more   []string      // gateways of a mesh, besides two
 	breaks func(*world)
 	roams  func(*world) int // nil: all clients, at the active
 	mend   func(*world)
@@ -230,6 +232,7 @@ type fault struct {
 
 // suffer has clients roam for as long as the fault lasts. Afterwards nobody speaks.
 func (w *world) suffer(f fault) {
+	lasts := cmp.Or(f.lasts, *faultFor)
 	w.roams(time.Second)
 	w.converge(time.Now())
 	quiet := w.quiet()
@@ -238,12 +241,12 @@ func (w *world) suffer(f fault) {
 	if f.roams != nil {
 		n = f.roams(w)
 	} else {
-		n = w.roams(*faultFor)
+		n = w.roams(lasts)
 	}
 	f.mend(w)
 	behind, took, lost := w.converge(time.Now())
 	w.t.Logf("%s: %v with %d roams; %d updates behind at its end, tables and devices equal %v later; %d lost",
-		f.name, *faultFor, n, behind, took.Round(time.Millisecond), lost)
+		f.name, lasts, n, behind, took.Round(time.Millisecond), lost)
 	for _, n := range w.nodes {
 		n.awaitNodes(len(w.nodes) - 1)
 	}
@@ -270,6 +273,7 @@ func TestFaults(t *testing.T) {
 		blackHoles("active to standby", false, func(w *world) (from, to *lab.Gateway) { return w.nodes[active].gw, w.nodes[standby].gw }),
 		blackHoles("active to server", true, func(w *world) (from, to *lab.Gateway) { return w.nodes[active].gw, w.broker }),
 		blackHoles("standby to server", true, func(w *world) (from, to *lab.Gateway) { return w.nodes[standby].gw, w.broker }),
+		shortHoles(func(w *world) (from, to *lab.Gateway) { return w.nodes[active].gw, w.broker }),
 		[]fault{
 			{
 				name:   "split in three",
@@ -359,6 +363,17 @@ func blackHoles(name string, bus bool, between func(*world) (from, to *lab.Gatew
 		one("black hole back from "+name, false, true),
 		one("black hole from "+name+" and back", true, true),
 	}
+}
+
+// shortHoles are black holes that may be over before anybody has noticed them, or while TCP waits
+// to try again.
+func shortHoles(between func(*world) (from, to *lab.Gateway)) (faults []fault) {
+	for _, lasts := range []time.Duration{900 * time.Millisecond, 1500 * time.Millisecond, 2 * time.Second, 2500 * time.Millisecond} {
+		f := blackHoles("active to server", true, between)[2]
+		f.name, f.lasts = fmt.Sprintf("%s for %v", f.name, lasts), lasts
+		faults = append(faults, f)
+	}
+	return faults
 }
 
 // split separates all gateways from each other, but not from the clients.

@@ -160,7 +160,7 @@ func TestSlowSubscriber(t *testing.T) {
 	}
 	defer nc.Close()
 	// Anybody's noise fills the buffers, and faster than a storm would: a node that
-	// hears nothing for three seconds hangs up itself.
+	// hears nothing for a second and a half hangs up itself.
 	noise := make([]byte, 64<<10)
 	await(t, "cut off", func() (bool, string) {
 		for range 64 {

@@ -123,7 +123,9 @@ func keepUp(o *nats.Options, node string) {
 	o.ReconnectBufSize = -1
 	o.Timeout = dialTimeout
 	o.FlusherTimeout = dialTimeout
-	o.PingInterval = time.Second
+	// A break is noticed before TCP waits for longer than a second to try again, which is from
+	// the fourth attempt on (0.2, 0.4, 0.8, 1.6 s).
+	o.PingInterval = 500 * time.Millisecond
 	o.MaxPingsOut = 2
 	// The dialler looks up names, within its timeout.
 	o.SkipHostLookup = true
