@@ -149,6 +149,7 @@ func (k *Keeper) talk(ctx context.Context, c *calls, answers *wgroam.Changes, co
 		}
 		k.mu.Lock()
 		k.status.Last.Called, k.status.Last.Answered = len(c.made), len(c.answered)
+		k.status.Acts = Active
 		k.mu.Unlock()
 		rest := pause - time.Since(began)
 		switch {

@@ -85,6 +85,9 @@ type Status struct {
 	State string
 	Err   error     // why the device is not what it should be
 	Last  Promotion // the last one, or the present; zero if there was none
+	// Acts is the role that the device acts by: Standby once the gate is shut, Active
+	// once peers have been called; empty in between.
+	Acts Role
 }
 
 // NewKeeper returns a Keeper for one life of a link. Nothing is done before Step or
@@ -185,6 +188,7 @@ func (k *Keeper) Step(ctx context.Context) {
 		if k.role = role; role == Standby {
 			k.dumped = time.Time{}
 		}
+		k.acts("")
 	}
 	var (
 		state string
@@ -213,6 +217,15 @@ func (k *Keeper) Step(ctx context.Context) {
 	case err == nil && before != nil:
 		k.cfg.Log.Info("the device is what its role asks for again", "role", role)
 	}
+	if err == nil {
+		k.acts(role)
+	}
+}
+
+func (k *Keeper) acts(role Role) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.status.Acts = role
 }
 
 // called is the interval that a peer without one gets for its call. Nobody else
@@ -235,7 +248,9 @@ func (k *Keeper) quiet() error {
 	if k.port != 0 {
 		// Before the device is read, which takes time. It is done again below, as far as
 		// it has to be.
-		_ = k.shut()
+		if k.shut() == nil {
+			k.acts(Standby)
+		}
 	}
 	if look {
 		if dev, err = k.dump(); err != nil {

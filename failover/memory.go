@@ -37,6 +37,9 @@ type Memory struct {
 type memory struct {
 	Boot  string `json:"boot"` // as /proc/sys/kernel/random/boot_id
 	Words words  `json:"words"`
+	// Offered is the node that this one is handing its role over to, until it is
+	// known what became of that.
+	Offered string `json:"offered,omitempty"`
 	// Gate: there may be a gate of ours.
 	Gate bool `json:"gate,omitempty"`
 	// Taken is what was taken from the device to keep it quiet; nil if nothing was.
@@ -116,6 +119,25 @@ func (m *Memory) keepWords(verb, vrrp Role) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.data.Words.Verb, m.data.Words.VRRP = verb, vrrp
+	return m.write()
+}
+
+// Offered returns the node that the role is being handed over to, by the verb; empty
+// if it is not.
+func (m *Memory) Offered() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.data.Offered
+}
+
+// Offer remembers the node that the role is being handed over to; empty for none.
+func (m *Memory) Offer(node string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.data.Offered == node {
+		return nil
+	}
+	m.data.Offered = node
 	return m.write()
 }
 

@@ -242,6 +242,9 @@ func inStep(s control.Status) error {
 		case d.Feed.Mode != control.FeedNone && len(d.Feed.Nodes) == 0:
 			why = append(why, name+": no other node has been heard")
 		}
+		if to := d.Failover.Yields; to != "" {
+			why = append(why, fmt.Sprintf("%s: handed over to %s", name, to))
+		}
 		for _, n := range d.Feed.Nodes {
 			if n.State != control.NodeSynced {
 				why = append(why, fmt.Sprintf("%s: node %s is %s", name, cmp.Or(n.Name, n.ID), stateLine(n)))

@@ -127,11 +127,12 @@ func (d *daemon) claim(group string, c claim) (release func(), err error) {
 
 // device is one configured WireGuard device. It outlives the links of its name.
 type device struct {
-	cfg  config.Device
-	d    *daemon
-	log  *slog.Logger
-	desk *failover.Desk
-	mem  *failover.Memory
+	cfg     config.Device
+	d       *daemon
+	log     *slog.Logger
+	desk    *failover.Desk
+	mem     *failover.Memory
+	handing handover
 
 	probing sync.Mutex // held while the virtual IP is tried
 
@@ -161,20 +162,21 @@ func where(device, netns string) string {
 
 // session is one life of a link.
 type session struct {
-	space   *wg.Space // nil for the daemon's own
-	link    wg.Link
-	netns   uint32 // inode of the namespace
-	reader  *wg.Client
-	table   *wgroam.Table
-	clock   *wgroam.Clock
-	view    *wgroam.View
-	feed    *feed.Link
-	tracker *tracker.Tracker
-	applier *applier.Applier
-	merger  *applier.Merger
-	state   *snapshot.File
-	setups  *setupReader
-	former  []*member
+	space     *wg.Space // nil for the daemon's own
+	link      wg.Link
+	netns     uint32 // inode of the namespace
+	reader    *wg.Client
+	table     *wgroam.Table
+	clock     *wgroam.Clock
+	view      *wgroam.View
+	feed      *feed.Link
+	tracker   *tracker.Tracker
+	applier   *applier.Applier
+	merger    *applier.Merger
+	state     *snapshot.File
+	setups    *setupReader
+	former    []*member
+	publisher *publisher.Publisher
 }
 
 func (d *device) absent(err error) {
@@ -236,7 +238,7 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		Name: link.Name, Device: writer, Table: s.table, View: s.view, Log: placeLog(d.d.log, d.cfg.Netns),
 		Written: d.d.lag.stage(d.cfg, stageApplied), Missing: s.tracker.Refresh,
 	})
-	pub := publisher.New(publisher.Config{
+	s.publisher = publisher.New(publisher.Config{
 		Table: s.table, Link: s.feed, Role: d.feedRole, Beat: d.d.cfg.NATS.Heartbeat, Log: d.log,
 		Sent: d.d.lag.stage(d.cfg, stageSent),
 	})
@@ -259,6 +261,13 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 		m.restore(d)
 	}
 	defer s.state.Close() // when nothing changes the table any more
+	questions := make(chan *feed.Question, maxTickets)
+	s.feed.OnQuestion(func(q *feed.Question) {
+		select {
+		case questions <- q:
+		default: // who asks so often can ask again
+		}
+	})
 	s.feed.Start()
 	defer s.feed.Close()
 
@@ -275,7 +284,9 @@ func (d *device) session(ctx context.Context, space *wg.Space, link wg.Link) err
 	g.Go(func() error { s.applier.Run(ctx); return nil })
 	g.Go(func() error { s.merger.Run(ctx); return nil })
 	g.Go(func() error { d.watchClock(ctx, s); return nil })
-	g.Go(func() error { return pub.Run(ctx) })
+	g.Go(func() error { d.answer(ctx, s, questions); return nil })
+	g.Go(func() error { d.settleOffer(ctx, s); return nil })
+	g.Go(func() error { return s.publisher.Run(ctx) })
 	g.Go(func() error { setups.Run(ctx); return nil })
 	g.Go(func() error { s.state.Run(ctx); return nil })
 	for _, m := range s.former {

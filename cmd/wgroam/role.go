@@ -124,16 +124,20 @@ func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *fa
 			}
 			return time.Time{}
 		},
-		Behind: func() time.Duration {
-			if s := d.live(); s != nil {
-				if behind := s.behind(); behind > skewWarn*time.Millisecond {
-					return behind
-				}
-			}
-			return 0
-		},
-		Log: d.log,
+		Behind: d.behind,
+		Log:    d.log,
 	})
+}
+
+// behind returns by how much this host's clock is behind the group's; zero where that
+// is the way of a heartbeat.
+func (d *device) behind() time.Duration {
+	if s := d.live(); s != nil {
+		if behind := s.behind(); behind > skewWarn*time.Millisecond {
+			return behind
+		}
+	}
+	return 0
 }
 
 // settled reports whether the device holds every endpoint that is known. What the
@@ -214,6 +218,10 @@ func (d *daemon) setRole(name, word string) error {
 			continue
 		}
 		found = true
+		// Nor does a handover whose end is not known.
+		if err := dev.mem.Offer(""); err != nil {
+			errs = append(errs, fmt.Errorf("device %s: %w", where(dev.cfg.Name, dev.cfg.Netns), err))
+		}
 		if err := dev.desk.Say(failover.ByVerb, role); err != nil {
 			errs = append(errs, fmt.Errorf("device %s: %w", where(dev.cfg.Name, dev.cfg.Netns), err))
 		}
@@ -232,6 +240,7 @@ func (d *device) keeperStatus(out *control.Failover) {
 	d.mu.Lock()
 	keeper := d.keeper
 	d.mu.Unlock()
+	out.Yields = d.yields()
 	if keeper == nil {
 		return
 	}

@@ -37,6 +37,29 @@ func SetRole(ctx context.Context, path, device, role string, out any) error {
 	return get(ctx, path, request{Verb: VerbRole, Device: device, Role: role}, out)
 }
 
+// Handover hands the role of a device over to a node, each empty where there is only
+// one, and calls each with every step of it, which is a HandoverStep. The last one is
+// HandoverDone or HandoverFailed. Errors are as of Stream, but for the end.
+func Handover(ctx context.Context, path, device, to string, each func(json.RawMessage) error) error {
+	return ask(ctx, path, request{Verb: VerbHandover, Device: device, To: to}, func(r *bufio.Reader) error {
+		for {
+			line, err := r.ReadBytes('\n')
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if err := refusal(line); err != nil {
+				return err
+			}
+			if err := each(bytes.TrimSpace(line)); err != nil {
+				return err
+			}
+		}
+	})
+}
+
 func get(ctx context.Context, path string, req request, out any) error {
 	return ask(ctx, path, req, func(r *bufio.Reader) error {
 		raw, err := io.ReadAll(r)

@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -53,7 +54,7 @@ func testStatus() Status {
 				RoleBy: "vrrp", RoleSince: time.Date(2026, 11, 23, 7, 0, 4, 0, zone),
 				Failover: Failover{"promoting", "no route", &Promotion{
 					time.Date(2026, 11, 23, 6, 0, 6, 0, time.UTC), time.Date(2026, 11, 23, 6, 0, 7, 0, time.UTC), 7, 6, 5, 4, 3, 2, 1,
-				}},
+				}, "gw-b"},
 				Alarms:   []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
 				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:    "5f1d",
@@ -150,7 +151,40 @@ func handler() Handler {
 			return fmt.Errorf("%s of %s", role, strings.TrimSpace(device+" all"))
 		}
 		return nil
+	}, Handover: func(_ context.Context, device, to string, tell func(HandoverStep)) error {
+		if device != "wg0" {
+			return errors.New("no device " + device)
+		}
+		tell(HandoverStep{Device: device, Step: HandoverReady})
+		tell(HandoverStep{Device: device, Step: HandoverDone, Detail: to})
+		return nil
 	}}
+}
+
+// TestHandover: every step is a line, and a request that makes no sense is an error.
+func TestHandover(t *testing.T) {
+	path := serve(t, handler())
+	var steps []HandoverStep
+	take := func(line json.RawMessage) error {
+		var s HandoverStep
+		err := json.Unmarshal(line, &s)
+		steps = append(steps, s)
+		return err
+	}
+	if err := Handover(t.Context(), path, "wg0", "gw-b", take); err != nil {
+		t.Fatal(err)
+	}
+	want := []HandoverStep{{Device: "wg0", Step: HandoverReady}, {Device: "wg0", Step: HandoverDone, Detail: "gw-b"}}
+	if !slices.Equal(steps, want) {
+		t.Errorf("got %+v, want %+v", steps, want)
+	}
+	if err := Handover(t.Context(), path, "wg9", "", take); err == nil || !strings.Contains(err.Error(), "no device wg9") {
+		t.Errorf("got %v", err)
+	}
+	var out Status
+	if err := get(t.Context(), path, request{Verb: VerbStatus, To: "gw-b"}, &out); err == nil || !strings.Contains(err.Error(), "does not take to") {
+		t.Errorf("got %v", err)
+	}
 }
 
 // golden compares got, one JSON document on one line, with a file.

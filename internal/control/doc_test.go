@@ -29,6 +29,7 @@ func TestDocumented(t *testing.T) {
 		{"peers", reflect.TypeFor[Peers]()},
 		{"watch", reflect.TypeFor[Event]()},
 		{"check", reflect.TypeFor[Check]()},
+		{"handover", reflect.TypeFor[HandoverStep]()},
 	} {
 		if len(sections) <= i+1 || !strings.HasPrefix(sections[i+1], c.name+"\n") {
 			t.Fatalf("no section %q", c.name)

@@ -101,6 +101,7 @@ type Failover struct {
 	State     string     `json:"state"`               // idle: no role; quiet: standby; promoting, open: active; empty without a device
 	Error     string     `json:"error"`               // why the device is not what the role asks for; empty when it is
 	Promotion *Promotion `json:"promotion,omitempty"` // the last one, or the present; absent if there was none
+	Yields    string     `json:"yields,omitempty"`    // the node that keepalived is to prefer, after a handover
 }
 
 // Promotion is how a device became that of an active.
@@ -324,6 +325,25 @@ func NewEvent(device string, o wgroam.Observation, seen time.Time) Event {
 		Cause:     o.Cause.String(),
 		LatencyUS: max(0, seen.Sub(o.At).Microseconds()),
 	}
+}
+
+// The values of HandoverStep.Step.
+const (
+	HandoverAsked  = "asked"  // this node has asked the active for its role
+	HandoverReady  = "ready"  // the other node has all, and can take over
+	HandoverQuiet  = "quiet"  // the former active is a standby
+	HandoverDone   = "done"   // the other node is active
+	HandoverFailed = "failed" // Detail says why, and who is active
+)
+
+// HandoverStep is one line of the verb handover.
+type HandoverStep struct {
+	Time   time.Time `json:"time"` // RFC 3339 with nanoseconds, UTC
+	Device string    `json:"device"`
+	Netns  string    `json:"netns,omitempty"` // as DeviceStatus.Netns
+	Step   string    `json:"step"`            // asked, ready, quiet, done, failed
+	MS     int64     `json:"ms"`              // since it began
+	Detail string    `json:"detail"`          // for people
 }
 
 // Missed is the line of the verb watch that stands where events are missing

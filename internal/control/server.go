@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT
 
 // Package control is the unix socket between the daemon and the verbs that ask
-// it something, or tell it: status, peers, watch and role.
+// it something, or tell it: status, peers, watch, role and handover.
 //
 // A client sends one line, {"verb":"status"}. The answer to status is a
 // Status, to peers a Peers: one JSON document on one line, after which the
 // server closes. {"verb":"role","role":"active"} gives the verb's word on the role
 // of all devices that listen to it, or of {"device":"wg0"} alone, and the answer is
-// the Status after that; the role auto takes the word back. The answer to watch is a line per Event until either side
+// the Status after that; the role auto takes the word back. The answer to
+// {"verb":"handover"}, which may name a device, and with "to" a node, is a line per
+// HandoverStep; the last one is done or failed. The answer to watch is a line per Event until either side
 // closes; a Missed stands where the client was too slow, and a Missed of 0
 // comes first, to say that the client hears of everything from then on. An
 // answer {"error":"..."} says why there is no other.
@@ -41,6 +43,8 @@ const (
 	VerbCheck  = "check"
 	VerbWatch  = "watch"
 	VerbRole   = "role"
+
+	VerbHandover = "handover"
 )
 
 const (
@@ -63,6 +67,10 @@ type Handler struct {
 	// SetRole gives the verb's word: active, standby, or auto to take it back. The
 	// device is empty for all whose role is not fixed.
 	SetRole func(device, role string) error
+	// Handover hands the role of a device over to a node, each empty where there is
+	// only one, and tells each step, to the last. The error is of a request that makes
+	// no sense.
+	Handover func(ctx context.Context, device, to string, tell func(HandoverStep)) error
 }
 
 // Server is a control socket.
@@ -220,6 +228,11 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 	switch {
 	case err != nil:
 		_ = encode(c, failure{err.Error()})
+	case req.Verb != VerbHandover && req.To != "":
+		_ = encode(c, failure{fmt.Sprintf("the verb %q does not take to", req.Verb)})
+	case req.Verb == VerbHandover && req.Role == "":
+		_ = c.SetDeadline(time.Time{}) // it takes as long as the virtual IP does
+		s.handover(ctx, c, req)
 	case req.Verb != VerbRole && (req.Role != "" || req.Device != ""):
 		_ = encode(c, failure{fmt.Sprintf("the verb %q takes neither role nor device", req.Verb)})
 	case req.Verb == VerbRole:
@@ -248,6 +261,7 @@ type request struct {
 	Verb   string `json:"verb"`
 	Role   string `json:"role,omitempty"`
 	Device string `json:"device,omitempty"`
+	To     string `json:"to,omitempty"`
 }
 
 type failure struct {
@@ -276,6 +290,30 @@ func readRequest(r io.Reader) (request, error) {
 		return request{}, errors.New("malformed request: more than one JSON value on the line")
 	}
 	return req, nil
+}
+
+// handover goes on also where the client does not hear of it any more.
+func (s *Server) handover(ctx context.Context, c net.Conn, req request) {
+	var (
+		mu    sync.Mutex
+		ended bool
+	)
+	tell := func(h HandoverStep) {
+		mu.Lock()
+		defer mu.Unlock()
+		if !ended {
+			_ = encode(c, h)
+		}
+	}
+	if err := s.handler.Handover(ctx, req.Device, req.To, tell); err != nil {
+		mu.Lock()
+		defer mu.Unlock()
+		_ = encode(c, failure{err.Error()})
+		return
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	ended = true
 }
 
 func (s *Server) watch(ctx context.Context, c net.Conn) {

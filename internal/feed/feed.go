@@ -14,6 +14,7 @@
 //	b.<node>           beats
 //	q                  sync requests
 //	s                  requests for setups
+//	h.<node>           questions of a handover
 //	r.<node>.<nonce>   replies to both
 //
 // so that publish and subscribe on wgroam.v1.<group>.> is all the permission
@@ -113,6 +114,8 @@ type Link struct {
 
 	onSetupRequest []func(*Request)
 
+	onQuestion []func(*Question)
+
 	count   counters
 	clash   limiter
 	refused limiter
@@ -132,6 +135,8 @@ type Link struct {
 	heardMu sync.Mutex
 	heard   map[wgroam.NodeID]*heard
 	hearing chan struct{} // closed at the first beat
+
+	questioned [bindSize]byte // the newest question's; guarded by heardMu
 }
 
 // heard is what was last heard of another node.
@@ -385,7 +390,7 @@ func (l *Link) subject(what byte, n wgroam.NodeID) string {
 	return l.prefix + string(what) + "." + n.String()
 }
 
-// receive handles a message on u.<node> or b.<node>.
+// receive handles a message on u.<node>, b.<node> or h.<node>.
 func (l *Link) receive(c *conn, m *nats.Msg) {
 	what, node, ok := strings.Cut(strings.TrimPrefix(m.Subject, l.prefix), ".")
 	want := kind(0)
@@ -395,6 +400,8 @@ func (l *Link) receive(c *conn, m *nats.Msg) {
 		want = kindUpdate
 	case what == "b":
 		want = kindBeat
+	case what == "h":
+		want = kindQuestion
 	}
 	h, body, err := l.keys.open(m.Data, m.Subject, nil, want)
 	if err != nil {
@@ -408,8 +415,12 @@ func (l *Link) receive(c *conn, m *nats.Msg) {
 	if l.isOwn(h.Header) {
 		return
 	}
-	if want == kindUpdate {
+	switch want {
+	case kindUpdate:
 		l.receiveUpdate(c, m.Subject, h, body)
+		return
+	case kindQuestion:
+		l.receiveQuestion(c, m.Subject, h, body)
 		return
 	}
 	b, err := decodeBeat(h, body)

@@ -60,6 +60,9 @@ const (
 
 	kindSetupRequest kind = 5 // as kindRequest, with the digests of setups
 	kindSetupReply   kind = 6
+	// Of a handover.
+	kindQuestion kind = 7
+	kindReplied  kind = 8
 )
 
 const flagLast = 1 << 0

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -430,6 +431,31 @@ func FuzzRequest(f *testing.F) {
 		r, err := decodeRequest(testHeader(kindRequest, 1, len(body), int(count)), body)
 		if err == nil && !bytes.Equal(appendRequest(nil, r), body[:requestSize]) {
 			t.Error("does not encode to what it was")
+		}
+	})
+}
+
+func FuzzQuestion(f *testing.F) {
+	f.Add(appendQuestion(nil, &Question{Step: StepTake, Wanted: true, Ticket: Ticket{1}, Digest: 2}, testNode), uint16(1))
+	f.Fuzz(func(t *testing.T, body []byte, count uint16) {
+		q, asked, err := decodeQuestion(testHeader(kindQuestion, 1, len(body), int(count)), body)
+		if err == nil && body[25] < 2 && !bytes.Equal(appendQuestion(nil, q, asked), body[:questionSize]) {
+			t.Error("does not encode to what it was")
+		}
+	})
+}
+
+func FuzzReplied(f *testing.F) {
+	f.Add(appendReply(nil, Reply{Verdict: Agreed, By: "verb", Ticket: Ticket{1}, Reason: strings.Repeat("ü", maxReason)}), uint16(1))
+	f.Fuzz(func(t *testing.T, body []byte, count uint16) {
+		h := testHeader(kindReplied, 1, len(body), int(count))
+		r, err := decodeReply(h, body)
+		if err != nil {
+			return
+		}
+		h.recSize = replySize
+		if again, err := decodeReply(h, appendReply(nil, r)); err != nil || again != r {
+			t.Errorf("%+v became %+v, %v", r, again, err)
 		}
 	})
 }
