@@ -57,7 +57,7 @@ func (l *ladder) saw(d wg.Device) {
 func hooked(r Rung) bool { return r == RungFentry || r == RungKprobe }
 
 // Completes reports whether Config.Completed is called on a rung.
-func (r Rung) Completes() bool { return hooked(r) }
+func (r Rung) Completes() bool { return hooked(r) || r == RungPort }
 
 // climb takes the best rung that works. It reports whether that is another one
 // than before: what fell between has to be read from the device then.

@@ -66,7 +66,8 @@ type Config struct {
 	// has ever completed a handshake, with the time of the last one.
 	Alive func(peer wgroam.Key, at netip.AddrPort, handshake time.Time)
 	// Completed, if set, is called when a peer has a new session, on the rungs of
-	// which Rung.Completes is true.
+	// which Rung.Completes is true. At the UDP port a peer that can hear the traffic of
+	// another can bring it about in the other's name.
 	//
 	// None of these functions may wait for anything.
 	Completed func(peer wgroam.Key)
@@ -275,8 +276,8 @@ func (t *Tracker) event(e bpf.Event) (news bool) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if e.Confirmed && t.cfg.Completed != nil {
-		t.cfg.Completed(e.Peer)
+	if e.Confirmed {
+		t.completed(e.Peer)
 	}
 	if e.Boot < t.dumped-settle {
 		// Out of the map, where those that are gone are never deleted, or so late
@@ -325,6 +326,12 @@ func (t *Tracker) event(e bpf.Event) (news bool) {
 		t.prove(p)
 	}
 	return true
+}
+
+func (t *Tracker) completed(peer wgroam.Key) {
+	if t.cfg.Completed != nil {
+		t.cfg.Completed(peer)
+	}
 }
 
 // settled notes where the device has a peer that has stood still for a while

@@ -113,6 +113,7 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 			return
 		}
 		t.sessions.addRemote(k, e.Remote)
+		t.completed(k)
 		t.expect(k, e.Addr)
 	case bpf.UplinkMoved:
 		k, ok := t.ownerOf(e.Remote, e.Old)
@@ -144,6 +145,9 @@ func (t *Tracker) sent(e bpf.UplinkEvent, at time.Time, age time.Duration) {
 		// has the same index it may, and the peers choose those: so the time of the
 		// handshake in a dump is to say it.
 		k, ok := t.sessions.remote[e.Remote]
+		if ok {
+			t.completed(k)
+		}
 		if p := t.peers[k]; !ok || p == nil || p.pending != nil {
 			t.wantDump()
 			return
