@@ -38,7 +38,7 @@ type member struct {
 
 // startMember starts a node that has peers in its device, and what it knew when it
 // ended, until the benchmark ends or it is closed. The server may be nil.
-func startMember(b *testing.B, name string, keys feed.Keys, server *natsd.Server, nodes []string, peers []wgroam.Key, known ...wgroam.Record) *member {
+func startMember(b testing.TB, name string, keys feed.Keys, server *natsd.Server, nodes []string, peers []wgroam.Key, known ...wgroam.Record) *member {
 	b.Helper()
 	log := slog.New(slog.DiscardHandler)
 	cfg := feed.Config{Name: name, Keys: keys, Peers: nodes, Log: log}

@@ -70,6 +70,12 @@ func needKernel(t testing.TB, l *lab.Lab) {
 // if that takes too long.
 func await(t testing.TB, what string, cond func() (bool, string)) {
 	t.Helper()
+	awaitFor(t, patience, what, cond)
+}
+
+// awaitFor is await where more patience is due.
+func awaitFor(t testing.TB, patience time.Duration, what string, cond func() (bool, string)) {
+	t.Helper()
 	deadline := time.Now().Add(patience)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()

@@ -5,6 +5,8 @@ package test
 import (
 	bin "encoding/binary"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"slices"
@@ -362,4 +364,43 @@ func TestOutageTenTimes(t *testing.T) {
 			}
 		})
 	}
+}
+
+// BenchmarkOutage prints the outages of each kind of client, with and without wgroam.
+func BenchmarkOutage(b *testing.B) {
+	const rounds, limit = 5, time.Minute
+	var kernelWG bool
+	var rtt time.Duration
+	took := map[string][][]time.Duration{}
+	modes := []string{"down", "silent"}
+	for _, mode := range modes {
+		p := newPair(b, mode)
+		for range rounds {
+			took[mode] = append(took[mode], p.crash())
+		}
+		kernelWG, rtt = p.lab.Kernel, p.rtt
+	}
+	without := withoutWgroam(b, limit)
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(slices.Max(medians(took["down"])).Seconds()*1e3, "ms-median")
+	b.Logf("%s, %s, round trip %v: from when the virtual IP moves until a packet arrives that was sent after that, of one every %v, or\n"+
+		"until the handshake. The clients had roamed; the active was cut off before. Median and worst of %d failovers, by turns between\n"+
+		"two gateways; without wgroam one, in which the stand-in gets the virtual IP and its link up, watched for %v.\n%s",
+		kernel(), implementation(kernelWG), rtt.Round(10*time.Microsecond), outageStep, rounds, limit, columns(func(w io.Writer) {
+			fmt.Fprintln(w, "down\tworst\tsilent\tworst\twithout\tclient\t")
+			for i, kind := range kinds {
+				for _, mode := range modes {
+					var all []time.Duration
+					for _, r := range took[mode] {
+						all = append(all, r[i])
+					}
+					fmt.Fprintf(w, "%v\t%v\t", quantile(all, 0.5).Round(time.Millisecond), quantile(all, 1).Round(time.Millisecond))
+				}
+				more := ""
+				if without[i] == limit {
+					more = "> "
+				}
+				fmt.Fprintf(w, "%s%v\t%s\t\n", more, without[i].Round(time.Millisecond), kind)
+			}
+		}))
 }

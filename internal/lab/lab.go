@@ -367,6 +367,29 @@ func (l *Lab) Close() error {
 	return errors.Join(errs...)
 }
 
+// Host makes all addresses of an IPv4 network the clients' own, and lets them reach
+// the gateways and be reached.
+func (l *Lab) Host(p netip.Prefix) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	clients, err := l.clients.link("lo")
+	if err == nil {
+		err = l.clients.nl.RouteReplace(&netlink.Route{
+			LinkIndex: clients.Attrs().Index, Dst: ipNet(p), Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST,
+		})
+	}
+	if err == nil {
+		err = l.clients.nl.RouteReplace(&netlink.Route{Dst: ipNet(lan4.Masked()), Gw: uplink4.Addr().AsSlice()})
+	}
+	if err == nil {
+		err = l.router.nl.RouteReplace(&netlink.Route{Dst: ipNet(p), Gw: nth(uplink4, 1).AsSlice()})
+	}
+	if err != nil {
+		return fmt.Errorf("host %v: %w", p, err)
+	}
+	return nil
+}
+
 // addVeth makes a pair of links, both up: name here, peer in the other namespace.
 func (n *namespace) addVeth(name string, other *namespace, peer string) error {
 	err := n.nl.LinkAdd(&netlink.Veth{
