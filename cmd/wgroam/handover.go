@@ -224,11 +224,17 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 		s.flush(ctx)
 		r, err = s.feed.Consult(ctx, to.ID, feed.Question{Step: feed.StepTake, Ticket: r.Ticket})
 	}
-	if err == nil && r.Verdict != feed.Agreed {
+	refused := err == nil && r.Verdict != feed.Agreed
+	switch {
+	case refused:
+		// Its last beat may still say that it is active.
 		err = errors.New(r.Reason)
+	case err != nil && s.isActive(to.ID.String()):
+		// The answer is lost, and settleOffer sees whether it stays so.
+		tell("done", to.Name+" says that it is active")
+		return nil
 	}
-	if err != nil && !s.isActive(to.ID.String()) {
-		// Unless it is active all the same: then settleOffer hears of it.
+	if err != nil {
 		if e := d.desk.Say(failover.ByVerb, failover.Active); e != nil {
 			d.log.Error("active again", "err", e)
 		}
