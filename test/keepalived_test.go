@@ -6,11 +6,14 @@ package test
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -53,33 +56,32 @@ func (e *elected) kill() {
 }
 
 // newKeepalived writes the configuration of keepalived for a node, which has a
-// priority.
-func newKeepalived(t testing.TB, n *node, dir string, priority int) *keepalived {
+// priority: that of a recipe, in which more is replaced, each once.
+func newKeepalived(t testing.TB, n *node, dir, recipe string, priority int, more map[string]string) *keepalived {
 	t.Helper()
 	if _, err := exec.LookPath("keepalived"); err != nil {
 		t.Fatalf("run make deps: %v", err)
 	}
-	text, err := os.ReadFile("../contrib/keepalived/keepalived.conf")
+	raw, err := os.ReadFile(contrib(recipe + "/keepalived.conf"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	wgroam := binary(t)
-	for _, s := range []struct{ old, new string }{
-		{"/run/wgroam/keepalived.fifo", filepath.Join(dir, "keepalived.fifo")},
-		{"/usr/local/sbin/wgroam role", wgroam + " role --socket " + n.socket},
-		{"/usr/local/sbin/wgroam check --feed", wgroam + " check --feed --socket " + n.socket},
-		{"interface eth0", "interface lan0"},
-		{"203.0.113.10", lab.VIP4.String()},
-		{"2001:db8::10", lab.VIP6.String()},
-		{"priority 110", "priority " + strconv.Itoa(priority)},
-	} {
-		if strings.Count(string(text), s.old) != 1 {
-			t.Fatalf("keepalived.conf has %q %d times, want once", s.old, strings.Count(string(text), s.old))
+	text, wgroam := string(raw), binary(t)
+	replace := map[string]string{
+		"/usr/local/sbin/wgroam role":         wgroam + " role --socket " + n.socket,
+		"/usr/local/sbin/wgroam check --feed": wgroam + " check --feed --socket " + n.socket,
+		"interface eth0":                      "interface lan0",
+		"priority 110":                        "priority " + strconv.Itoa(priority),
+	}
+	maps.Copy(replace, more)
+	for from, to := range replace {
+		if strings.Count(text, from) != 1 {
+			t.Fatalf("%s/keepalived.conf has %q %d times, want once", recipe, from, strings.Count(text, from))
 		}
-		text = []byte(strings.Replace(string(text), s.old, s.new, 1))
+		text = strings.Replace(text, from, to, 1)
 	}
 	k := &keepalived{gw: n.gw, file: filepath.Join(dir, "keepalived.conf")}
-	if err := os.WriteFile(k.file, text, 0o600); err != nil {
+	if err := os.WriteFile(k.file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	k.args = []string{
@@ -90,9 +92,13 @@ func newKeepalived(t testing.TB, n *node, dir string, priority int) *keepalived 
 	return k
 }
 
+// contrib finds a file of contrib.
+func contrib(name string) string { return filepath.Join("..", "contrib", name) }
+
 func (k *keepalived) run() {
 	k.t.Helper()
 	cmd := exec.Command("keepalived", k.args...)
+	cmd.Env = append(os.Environ(), "WGROAM="+filepath.Join(filepath.Dir(k.file), "wgroam"))
 	k.process = startCommand(k.t, k.gw, cmd)
 }
 
@@ -150,8 +156,19 @@ type vrrpPair struct {
 func newVRRPPair(t testing.TB) *vrrpPair {
 	t.Helper()
 	l := newLab(t, lab.Config{Clients: len(kinds), OwnSource: true})
-	// From now on it is keepalived's.
-	err := l.Gateways[0].Do(func() error {
+	all := startElected(t, l)
+	p := &vrrpPair{active: all[0], standby: all[1]}
+	p.settled()
+	p.outages = newOutages(t, l)
+	return p
+}
+
+// startElected starts wgroam and keepalived on all gateways of a lab. The first one
+// is the active.
+func startElected(t testing.TB, l *lab.Lab) []*elected {
+	t.Helper()
+	// From now on the virtual IP is keepalived's.
+	must(t, l.Gateways[0].Do(func() error {
 		lan, err := netlink.LinkByName("lan0")
 		if err != nil {
 			return err
@@ -162,11 +179,7 @@ func newVRRPPair(t testing.TB) *vrrpPair {
 			}
 		}
 		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &vrrpPair{}
+	}))
 	var all []*elected
 	for i, gw := range l.Gateways {
 		dir := t.TempDir()
@@ -174,20 +187,23 @@ func newVRRPPair(t testing.TB) *vrrpPair {
 		tables := fmt.Sprintf("[keepalived]\nfifo = %q\n", filepath.Join(dir, "keepalived.fifo"))
 		e := &elected{wire: capturePackets(t, gw)}
 		e.node = startNode(t, gw, dir, roleConfig(gw, dir, device, tables, others(l, gw)...))
-		e.keepalived = newKeepalived(t, e.node, dir, 110-10*i)
+		e.keepalived = newKeepalived(t, e.node, dir, "keepalived", 110-10*i, map[string]string{
+			"/run/wgroam/keepalived.fifo": filepath.Join(dir, "keepalived.fifo"),
+			"203.0.113.10":                lab.VIP4.String(),
+			"2001:db8::10":                lab.VIP6.String(),
+		})
 		all = append(all, e)
 	}
-	p.active, p.standby = all[0], all[1]
-	for _, e := range all {
-		e.awaitNodes(1)
+	for i, e := range all {
+		e.awaitNodes(len(all) - 1)
 		e.keepalived.run()
-		if e == p.active {
-			e.awaitRole("active", "vrrp")
+		role := "standby"
+		if i == 0 {
+			role = "active"
 		}
+		e.awaitRole(role, "vrrp")
 	}
-	p.settled()
-	p.outages = newOutages(t, l)
-	return p
+	return all
 }
 
 // settled waits until one gateway is the active and the other the standby, without
@@ -265,6 +281,140 @@ func TestKeepalived(t *testing.T) {
 		p.standby.wire.none("the former active, after " + s.what)
 		if t.Failed() {
 			t.Fatal("after: ", s.what)
+		}
+	}
+}
+
+// TestKeepalivedSplit: gateways that do not hear each other's adverts are both active,
+// and say so. When they hear them again, exactly one is.
+func TestKeepalivedSplit(t *testing.T) {
+	p := newVRRPPair(t)
+	nft := func(command string) {
+		t.Helper()
+		p := startCommand(t, p.standby.gw, exec.Command("nft", command))
+		<-p.exited
+		must(t, p.err)
+	}
+	nft("add table ip split; add chain ip split in { type filter hook input priority 0; ip protocol vrrp drop; }; " +
+		"add chain ip split out { type filter hook output priority 0; ip protocol vrrp drop; }")
+	for _, e := range []*elected{p.active, p.standby} {
+		e.awaitRole("active", "vrrp")
+		e.awaitAlarms("two_actives")
+		if n := hasVIP(t, e.gw); n != 2 {
+			t.Errorf("%s has %d of the virtual IPs, want 2", e.gw.Name, n)
+		}
+	}
+	for _, c := range p.lab.Clients {
+		reach(t, c)
+	}
+	nft("delete table ip split")
+	// The lower priority gives way.
+	p.settled()
+	p.standby.wire.take()
+	for _, c := range p.lab.Clients {
+		ping(t, c)
+	}
+	p.standby.wire.none("the one that gave way")
+}
+
+// TestKeepalivedDead: a standby whose daemon is dead is not elected, though it has the
+// higher priority.
+func TestKeepalivedDead(t *testing.T) {
+	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "c"}, Clients: 2, OwnSource: true})
+	all := startElected(t, l)
+	a, h, c := all[0], all[1], all[2]
+	h.awaitState("quiet")
+	for _, client := range l.Clients {
+		ping(t, client)
+		awaitEndpoint(t, c.gw, client, client.Endpoint())
+	}
+	h.kill()
+	h.keepalived.says("Entering FAULT STATE")
+	a.keepalived.stop()
+	c.awaitRole("active", "vrrp")
+	c.awaitState("open")
+	for _, client := range l.Clients {
+		reach(t, client)
+	}
+	// The last one, too, leaves it nothing: its device would stay shut.
+	c.keepalived.stop()
+	c.awaitRole("standby", "vrrp")
+	if n := hasVIP(t, h.gw); n != 0 || strings.Contains(h.keepalived.stderr.String(), "Entering MASTER STATE") {
+		t.Errorf("%s has %d virtual IPs", h.gw.Name, n)
+	}
+	h.wire.none("the gateway whose daemon is dead")
+
+	h.run()
+	h.awaitRole("active", "vrrp")
+	for _, client := range l.Clients {
+		reach(t, client)
+	}
+	h.wire.fromVIP("the gateway whose daemon is back")
+}
+
+// TestKeepalivedReload: a reload of keepalived changes no role.
+func TestKeepalivedReload(t *testing.T) {
+	p := newVRRPPair(t)
+	for _, e := range []*elected{p.active, p.standby} {
+		before := e.status().RoleSince
+		must(t, e.keepalived.cmd.Process.Signal(syscall.SIGHUP))
+		e.keepalived.says("Reload complete")
+		for _, c := range p.lab.Clients {
+			ping(t, c)
+		}
+		p.settled()
+		if now := e.status().RoleSince; !now.Equal(before) {
+			t.Errorf("%s: the role is of %v, and was of %v", e.gw.Name, now, before)
+		}
+	}
+	p.standby.wire.none("the standby")
+}
+
+// TestKeepalivedFlaps: however quickly the states of keepalived follow each other,
+// wgroam hears all of them, in their order.
+func TestKeepalivedFlaps(t *testing.T) {
+	p := newVRRPPair(t)
+	states := regexp.MustCompile(`\(VI_1\) Entering (MASTER|BACKUP|FAULT) STATE`)
+	roles := regexp.MustCompile(`the role has changed.* role=(active|standby) by=vrrp`)
+	faults := func(e *elected) int { return strings.Count(e.keepalived.stderr.String(), "Entering FAULT STATE") }
+	for range 10 {
+		for _, e := range []*elected{p.active, p.standby} {
+			n := faults(e)
+			must(t, e.gw.Kill())
+			await(t, "keepalived sees the link go", func() (bool, string) { return faults(e) > n, "" })
+			must(t, e.gw.Revive())
+		}
+	}
+	await(t, "one is active", func() (bool, string) {
+		a, h := p.active.status(), p.standby.status()
+		return a.Role != h.Role && len(a.Alarms) == 0 && len(h.Alarms) == 0, a.Role + " and " + h.Role
+	})
+	if p.active.status().Role != "active" {
+		p.active, p.standby = p.standby, p.active
+	}
+	p.settled()
+	for _, c := range p.lab.Clients {
+		reach(t, c)
+	}
+	for _, e := range []*elected{p.active, p.standby} {
+		var want, got []string
+		for _, s := range states.FindAllStringSubmatch(e.keepalived.stderr.String(), -1) {
+			role := "standby"
+			if s[1] == "MASTER" {
+				role = "active"
+			}
+			// From one to another that is the same to us.
+			if len(want) == 0 || want[len(want)-1] != role {
+				want = append(want, role)
+			}
+		}
+		for _, s := range roles.FindAllStringSubmatch(e.stderr.String(), -1) {
+			got = append(got, s[1])
+		}
+		t.Logf("%s: %d states, %d roles", e.gw.Name, len(states.FindAllString(e.keepalived.stderr.String(), -1)), len(got))
+		// It is a standby by the virtual IP before keepalived speaks.
+		if !slices.Equal(want[1:], got) {
+			t.Errorf("%s: keepalived has been %v, wgroam %v", e.gw.Name, want, got)
 		}
 	}
 }
