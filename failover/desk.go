@@ -127,7 +127,8 @@ func (d *Desk) Changed() <-chan struct{} { return d.changed }
 func (d *Desk) Heard(at time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if role, _ := d.words.decide(); role == Standby && at.After(d.since) {
+	// What comes before the device is quiet is still the former active's.
+	if role, _ := d.words.decide(); role == Standby && at.Sub(d.since) > settle {
 		d.heard = at
 		d.see(AlarmTraffic, "peers talk to this node", at, 0)
 	}

@@ -233,7 +233,9 @@ func TestAlarms(t *testing.T) {
 
 	d.Heard(time.Now().Add(-time.Hour))
 	want("a packet from before", look(1), "")
-	now = time.Now()
+	d.Heard(time.Now())
+	want("a packet before the device is quiet", look(1), "")
+	now = time.Now().Add(settle)
 	d.Heard(now)
 	want("a packet", look(0), "traffic: peers talk to this node")
 	want("still remembered", look(trafficFor), "traffic: peers talk to this node")
