@@ -282,15 +282,20 @@ func (k *Keeper) order(t *taken, peers []contact) []wg.Keepalive {
 	return out
 }
 
-// finish gives the peers that have not answered their intervals, and sums up.
-func (k *Keeper) finish(peers []wg.Peer, t *taken, p Promotion) error {
+// restore gives peers the intervals that they had.
+func (k *Keeper) restore(peers []wg.Peer, t *taken) error {
 	var rest []wg.Keepalive
 	for _, peer := range peers {
 		if want := t.Keepalives[peer.Key]; peer.Keepalive == called || peer.Keepalive == 0 && want != 0 {
 			rest = append(rest, wg.Keepalive{Peer: peer.Key, Interval: want})
 		}
 	}
-	if err := k.keepalives(rest); err != nil {
+	return k.keepalives(rest)
+}
+
+// finish gives the peers that have not answered their intervals, and sums up.
+func (k *Keeper) finish(peers []wg.Peer, t *taken, p Promotion) error {
+	if err := k.restore(peers, t); err != nil {
 		return err
 	}
 	p.Ended = time.Now()

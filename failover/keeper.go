@@ -458,6 +458,27 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
 	return k.cfg.Memory.keepTaken(nil)
 }
 
+// Release gives the device all that was taken from it, removes the gate, and the
+// memory. Nobody is called, but for those whose keepalives are back. No Keeper may run
+// meanwhile.
+func (k *Keeper) Release() error {
+	err := k.gate.remove()
+	if t := k.cfg.Memory.taken(k.of); t != nil {
+		if !t.Down {
+			err = errors.Join(err, k.give(t))
+		}
+		dev, devErr := k.cfg.Device.Device(k.cfg.Name)
+		if devErr == nil {
+			devErr = k.restore(dev.Peers, t)
+		}
+		err = errors.Join(err, devErr)
+	}
+	if err != nil {
+		return fmt.Errorf("not all could be given back; try again: %w", err)
+	}
+	return k.cfg.Memory.remove()
+}
+
 const (
 	// settleFor is how long a promotion waits for endpoints on their way into the
 	// device, and wholeFor for the rest of the virtual IPs: who moves them brings one

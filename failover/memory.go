@@ -196,6 +196,16 @@ func (m *Memory) flush() error {
 	return m.write()
 }
 
+// remove deletes the file.
+func (m *Memory) remove() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := os.Remove(m.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
 // write writes the file. m.mu is held.
 func (m *Memory) write() error {
 	m.unwritten = true

@@ -35,7 +35,7 @@ import (
 
 var (
 	lifeFor  = flag.Duration("life", 20*time.Second, "how long TestLife goes on")
-	lifeSeed = flag.Uint64("seed", 0, "what TestLife draws its steps from; 0 draws a seed")
+	lifeSeed = flag.Uint64("seed", 0, "what TestLife and TestFailoverKilled draw from; 0 draws a seed")
 )
 
 // life is a pair of gateways with clients to whom everything happens.

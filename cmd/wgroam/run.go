@@ -21,29 +21,29 @@ import (
 )
 
 func runVerb(ctx context.Context, e env, args []string) error {
-	fs, parse := flags(e, "run")
-	file := fs.String("config", "", "configuration `file`")
-	name := fs.String("device", "", "one WireGuard device with defaults, instead of a configuration")
-	if err := parse(args); err != nil {
-		return err
-	}
-	if (*file == "") == (*name == "") {
-		fmt.Fprintln(e.stderr, "wgroam run: give either --config FILE or --device NAME")
-		return errUsage
-	}
-	var (
-		cfg config.Config
-		err error
-	)
-	if *file != "" {
-		cfg, err = config.Load(*file)
-	} else {
-		cfg, err = config.ForDevice(*name)
-	}
+	cfg, err := loadConfig(e, "run", args)
 	if err != nil {
 		return err
 	}
 	return run(ctx, cfg, e.log)
+}
+
+// loadConfig reads the configuration that the arguments of a verb say.
+func loadConfig(e env, verb string, args []string) (config.Config, error) {
+	fs, parse := flags(e, verb)
+	file := fs.String("config", "", "configuration `file`")
+	name := fs.String("device", "", "one WireGuard device with defaults, instead of a configuration")
+	if err := parse(args); err != nil {
+		return config.Config{}, err
+	}
+	if (*file == "") == (*name == "") {
+		fmt.Fprintf(e.stderr, "wgroam %s: give either --config FILE or --device NAME\n", verb)
+		return config.Config{}, errUsage
+	}
+	if *file != "" {
+		return config.Load(*file)
+	}
+	return config.ForDevice(*name)
 }
 
 // run is the daemon. What it wires together, once per device:
