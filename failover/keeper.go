@@ -64,6 +64,8 @@ type Keeper struct {
 	kernel bool      // the device is the kernel's; at the last dump
 	asked  bool      // the gate itself, whether there is one
 	down   bool      // the standby's link was found so
+	low    bool      // the standby's link was down at the last look
+	raised time.Time // when somebody set it up
 	known  []contact // of a standby, at the last dump
 
 	answers atomic.Pointer[wgroam.Changes] // not taken yet; nil unless peers are being called
@@ -116,6 +118,10 @@ const (
 	// dumpEvery is how often the device is read: nobody tells when somebody sets a
 	// port or a keepalive. The gate holds without that.
 	dumpEvery = 10 * time.Second
+	// raisedFor is how long a standby's link that somebody sets up is left alone, but for
+	// the gate: wg-quick fails, and deletes the device, when the link is down again before
+	// it has made its routes.
+	raisedFor = 3 * time.Second
 	// watchAgain is how long after a failure links or rules are watched again.
 	watchAgain = 10 * time.Second
 )
@@ -186,7 +192,7 @@ func (k *Keeper) Step(ctx context.Context) {
 	role, _, _ := k.cfg.Desk.Role()
 	if role != k.role {
 		if k.role = role; role == Standby {
-			k.dumped = time.Time{}
+			k.dumped, k.low, k.raised = time.Time{}, false, time.Time{}
 		}
 		k.acts("")
 	}
@@ -244,7 +250,7 @@ func (k *Keeper) quiet() error {
 	}
 	var dev wg.Device
 	loud := link.Up && !k.cfg.Silent
-	look := loud || time.Since(k.dumped) > dumpEvery
+	look := loud || k.port == 0 || time.Since(k.dumped) > dumpEvery
 	if k.port != 0 {
 		// Before the device is read, which takes time. It is done again below, as far as
 		// it has to be.
@@ -267,6 +273,14 @@ func (k *Keeper) quiet() error {
 		return fmt.Errorf(`the UDP port cannot be shut: %w; or set standby = "down"`, gateErr)
 	case gateErr != nil:
 		gateErr = fmt.Errorf("only the link keeps the device quiet, and whoever sets it up makes it speak: %w", gateErr)
+	}
+	if link.Up && k.low {
+		k.raised = time.Now()
+	}
+	k.low = !link.Up
+	if link.Up && gateErr == nil && time.Since(k.raised) < raisedFor {
+		k.dumped = time.Time{} // to look then
+		return nil
 	}
 	if look {
 		if err := k.take(dev, link.Up); err != nil {

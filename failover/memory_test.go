@@ -196,6 +196,13 @@ func TestFoundDown(t *testing.T) {
 				desk.mustSay(t, ByVerb, role)
 				k.dumped = time.Time{} // as after dumpEvery
 				k.Step(t.Context())
+				if raised := !k.raised.IsZero() && k.role == Standby && isUp(t); raised {
+					if k.cfg.Memory.taken(k.of) != nil && !k.cfg.Memory.taken(k.of).Down {
+						t.Error("a link that has just been set up was not left alone")
+					}
+					k.raised = k.raised.Add(-raisedFor)
+					k.Step(t.Context())
+				}
 				if err := k.Status().Err; errors.Is(err, errDown) != fault || !fault && err != nil {
 					t.Errorf("%s: error %v", role, err)
 				}
