@@ -127,6 +127,8 @@ func (k *keepalived) kill() {
 		k.t.Fatal(err)
 	}
 	<-k.exited
+	// A child that nobody has waited for yet would be taken for a running keepalived.
+	must(k.t, os.Remove(filepath.Join(filepath.Dir(k.file), "vrrp.pid")))
 }
 
 // hasVIP tells which of the virtual IPs are on the gateway.
