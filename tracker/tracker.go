@@ -140,9 +140,10 @@ type peer struct {
 	// completed any handshake.
 	begun   netip.AddrPort
 	missing bool // in the newest dump
-	// With polling: an endpoint that the newest dump showed for the first time,
-	// without a byte received that could have brought it.
-	unexplained netip.AddrPort
+	// Without the hook: an endpoint that nothing explains yet, and CLOCK_BOOTTIME of the
+	// first dump that showed it.
+	unexplained   netip.AddrPort
+	unexplainedAt time.Duration
 
 	// On the rung port.
 	mac1  mac1 // made when it is needed
@@ -527,6 +528,7 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			if p.told {
 				p.earlier, p.told = p.received, false
 			}
+			p.unexplained = netip.AddrPort{}
 			if p.pending != nil && p.pending.New != dp.Endpoint {
 				p.drop()
 			}
@@ -568,15 +570,21 @@ func (t *Tracker) take(d wg.Device, why dumpReason, start time.Duration, now tim
 			spoke, since = t.explained(p, dp.Endpoint, spoke, start)
 			at = now.Add(since - start)
 		}
-		if unhooked && why != dumpStart && !spoke && p.unexplained != dp.Endpoint {
+		if unhooked && why != dumpStart && !spoke {
 			// WireGuard takes the endpoint of a packet before it counts its bytes
-			// (receive.c, wg_packet_consume_data_done). The next dump knows.
-			p.unexplained, later = dp.Endpoint, true
-			continue
+			// (receive.c, wg_packet_consume_data_done), or answers a handshake. A later
+			// dump knows; the next one may be too soon.
+			if p.unexplained != dp.Endpoint {
+				p.unexplained, p.unexplainedAt = dp.Endpoint, start
+			}
+			if start-p.unexplainedAt < late {
+				later = true
+				continue
+			}
 		}
 		o := wgroam.Observation{Peer: dp.Key, Old: p.endpoint, New: dp.Endpoint}
 		t.places.move(p, dp.Endpoint)
-		p.since, p.begun, p.told = since, netip.AddrPort{}, false
+		p.since, p.begun, p.unexplained, p.told = since, netip.AddrPort{}, netip.AddrPort{}, false
 		switch {
 		case !dp.Endpoint.IsValid():
 			// A peer without an endpoint: new, or removed and added again.

@@ -238,6 +238,15 @@ func TestUplink(t *testing.T) {
 			},
 			changed: moved(2, wgroam.CauseData), proven: true, dump: true,
 		},
+		"two dumps between her handshake and the response": {
+			feed: func(f *fed) {
+				f.hinted(50, 10, 1)
+				f.dumped(100, dumpPoll, seen(f, 2, 248)...)
+				f.dumped(120, dumpPoll, seen(f, 2, 248)...)
+				f.responded(130, alice, 12, 23, 2)
+			},
+			changed: moved(2, wgroam.CauseInitiation), dump: true,
+		},
 		"a dump when she never was hinted at": {
 			feed:    func(f *fed) { f.dumped(100, dumpResync, seen(f, 2, 200)...) },
 			changed: moved(2, wgroam.CauseData), proven: true,
