@@ -620,6 +620,7 @@ func (g *group) run(steps []step, skews []time.Duration) (took time.Duration) {
 		g.observe(g.nodes[0], peer, lastPort+1, true, 0)
 		time.Sleep(2 * time.Millisecond)
 	}
+	synctest.Wait() // a node may be just about to merge what it has been told
 	if took := g.converges(g.truth()); took > noticed && len(g.errs) == 0 {
 		g.fails("a lost update came %v after the next one", took)
 	}
