@@ -620,7 +620,6 @@ func (g *group) run(steps []step, skews []time.Duration) (took time.Duration) {
 		g.observe(g.nodes[0], peer, lastPort+1, true, 0)
 		time.Sleep(2 * time.Millisecond)
 	}
-	synctest.Wait() // a node may be just about to merge what it has been told
 	if took := g.converges(g.truth()); took > noticed && len(g.errs) == 0 {
 		g.fails("a lost update came %v after the next one", took)
 	}
@@ -640,6 +639,7 @@ func (g *group) run(steps []step, skews []time.Duration) (took time.Duration) {
 // truth returns what all tables have to become: the newest of what each living
 // node knows, which has to be the newest of what it was told.
 func (g *group) truth() map[wgroam.Key]wgroam.Record {
+	synctest.Wait() // a node may be just about to merge what it has been told
 	want := make(map[wgroam.Key]wgroam.Record)
 	for _, n := range g.nodes {
 		got := contents(n.life.table)
