@@ -308,9 +308,14 @@ func TestHandoverVerb(t *testing.T) {
 // TestHandoverKilled: whichever daemon is killed in the middle, in the end one node is
 // active, and not both.
 func TestHandoverKilled(t *testing.T) {
+	t.Parallel()
+	rounds := 8
+	if lab.InVM() {
+		rounds = 4
+	}
 	l := newLab(t, lab.Config{})
 	a, h := startVerbs(t, l)
-	for i := range 8 {
+	for i := range rounds {
 		active, standby := a, h
 		if a.status().Role != "active" {
 			active, standby = h, a
