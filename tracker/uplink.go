@@ -274,7 +274,7 @@ func (t *Tracker) explained(p *peer, ep netip.AddrPort, spoke bool, start time.D
 		return true, min(boot, start)
 	}
 	_, stray := t.strays.from(ep, start)
-	if stray || t.blind || start < t.deaf || start < p.hints.full || !p.heard || p.pending != nil || p.hints.list[0].from == ep {
+	if stray || t.blind || start < t.deaf || start < max(p.hints.full, t.strays.full) || !p.heard || p.pending != nil || p.hints.list[0].from == ep {
 		return spoke, start
 	}
 	return false, start

@@ -238,6 +238,17 @@ func TestUplink(t *testing.T) {
 			},
 			changed: moved(2, wgroam.CauseData), proven: true, dump: true,
 		},
+		"a dump when there were more such hints than are kept": {
+			feed: func(f *fed) {
+				f.hinted(50, 10, 1)
+				f.hinted(60, 99, 2)
+				for i := range len(hints{}.list) {
+					f.hinted(70+i, 99, 3+i)
+				}
+				f.dumped(300, dumpResync, seen(f, 2, 200)...)
+			},
+			changed: moved(2, wgroam.CauseData), proven: true, dump: true,
+		},
 		"two dumps between her handshake and the response": {
 			feed: func(f *fed) {
 				f.hinted(50, 10, 1)
