@@ -76,6 +76,9 @@ func (d *device) rekeyed(keys feed.Keys, now time.Time) []snapshot.Former {
 		d.former = former
 	}
 	d.group, d.inForce = keys.Group(), keys
+	if len(d.former) == 0 {
+		return nil // and a file that cannot be read stays, for a daemon that can
+	}
 	var out []snapshot.Former
 	for _, f := range d.former {
 		if f.Group() != d.group && now.Before(f.Until) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -63,6 +64,29 @@ func TestRekeyed(t *testing.T) {
 			t.Errorf("step %d: files %v, want %d (%v)", i, files, want, err)
 		}
 		d.rekeyed(keys[step.key], start.Add(step.after))
+	}
+}
+
+// TestRekeyedUnreadable: a file of former keys that is none to this daemon, as one of a
+// later version, is not removed.
+func TestRekeyedUnreadable(t *testing.T) {
+	keys, err := feed.Derive([32]byte{8}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &device{d: new(daemon), log: slog.New(slog.DiscardHandler)}
+	d.d.cfg.StateDir = t.TempDir()
+	path := filepath.Join(d.d.cfg.StateDir, keys.Group()+".former")
+	if err := os.WriteFile(path, []byte("wgroam\x01\x02"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if former := d.rekeyed(keys, time.Now()); len(former) > 0 {
+			t.Errorf("former keys %v", former)
+		}
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
