@@ -95,7 +95,7 @@ func (k *Kernel) follow(d bpf.Device, peers int, s *subscriber) (fallback, err e
 			return nil, err
 		}
 		k.hook, k.owed, k.subs = hook, false, make(map[bpf.Device]*subscriber)
-		k.looks = looks{newest: make(map[uint64]bpf.Event)}
+		k.looks = looks{pace: pace{most: looksRest}, newest: make(map[uint64]bpf.Event)}
 		k.flushes = &flusher{}
 		k.reader.Go(func() { k.read(hook) })
 	}

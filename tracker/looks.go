@@ -9,6 +9,10 @@ import (
 	"github.com/wgroam/wgroam/bpf"
 )
 
+// looksRest is how long the last word of a peer may wait, at most, because others gave
+// much to look at. There are no more than the map of the hook holds.
+const looksRest = time.Second
+
 // looks sees to it that the last word is heard of every peer that has changed.
 // The hook reports so many changes in a time and holds back the rest, and what
 // it reports can differ from what the kernel then does, when two CPUs have a

@@ -11,8 +11,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/lab"
 )
@@ -47,9 +45,7 @@ func TestMatrix(t *testing.T) {
 		})
 	}
 	w.Flush()
-	var u unix.Utsname
-	_ = unix.Uname(&u) // cannot fail with a valid address
-	t.Logf("Linux %s, keepalive and so idle at most 1 s, poll interval 20 ms%s", unix.ByteSliceToString(u.Release[:]), &table)
+	t.Logf("Linux %s, keepalive and so idle at most 1 s, poll interval 20 ms%s", kernelRelease(), &table)
 }
 
 // matrixRow runs the roams of one row and prints how long each took.

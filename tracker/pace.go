@@ -6,17 +6,18 @@ import "time"
 
 // pace keeps costly work from taking more than a tenth of a processor, whoever
 // asks for it and however often: after each piece comes a rest of nine times as
-// long, and no less than least.
+// long, and no less than least. What takes that long that the rest would be more than
+// most was stopped meanwhile, or had to wait for a processor or a lock; then it is most.
 //
-// The zero value has done no work yet. It is not safe for concurrent use.
+// A pace begins with no work done. It is not safe for concurrent use.
 type pace struct {
-	least time.Duration
-	next  time.Time // no work before
+	least, most time.Duration
+	next        time.Time // no work before
 }
 
 // did notes a piece of work that has just ended.
 func (p *pace) did(began, ended time.Time) {
-	p.next = ended.Add(max(p.least, 9*ended.Sub(began)))
+	p.next = ended.Add(min(max(p.least, 9*ended.Sub(began)), p.most))
 }
 
 // rest returns how long to wait before the next piece; zero or less is not at all.

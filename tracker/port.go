@@ -219,7 +219,7 @@ func openSpace(ns *wg.Space, peers int) (*space, error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	s := &space{
-		ns: ns, uplink: uplink, stop: stop, pace: pace{least: lookAgain},
+		ns: ns, uplink: uplink, stop: stop, pace: pace{least: lookAgain, most: dumpRest},
 		subs: make(map[uint16]*portSubscriber), links: make(map[int]error),
 	}
 	s.runs.Go(s.read)

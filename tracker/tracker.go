@@ -33,6 +33,9 @@ var ErrRekeyed = errors.New("device has a new private key")
 // further by pace: a dump of many peers takes its time.
 const resyncDelay = 200 * time.Millisecond
 
+// dumpRest is more than the rest after a dump of 100 000 peers.
+const dumpRest = 10 * time.Second
+
 // settle is how long a change may take from where it is announced, by the hook
 // or by the applier, until a dump shows it. It takes less than a microsecond,
 // unless the processor is a virtual one and its host has other things to do. It
@@ -162,7 +165,7 @@ func New(cfg Config) *Tracker {
 		cfg:    cfg,
 		resync: make(chan struct{}, 1),
 		broken: make(chan struct{}, 1),
-		pace:   pace{least: resyncDelay},
+		pace:   pace{least: resyncDelay, most: dumpRest},
 		status: Status{Rung: RungNone},
 		peers:  make(map[wgroam.Key]*peer),
 		places: make(places),
