@@ -31,8 +31,8 @@ func newGate(space *wg.Space, device string) *gate {
 }
 
 // shut returns what the gate says while it lets nothing of WireGuard in or out.
-func shut(port int) string {
-	return fmt.Sprintf("wgroam: standby, port %d and the tunnel are shut", port)
+func shut(ports ...int) string {
+	return fmt.Sprintf("wgroam: standby, port %s and the tunnel are shut", strings.Trim(fmt.Sprint(ports), "[]"))
 }
 
 // from returns what the gate says while all that WireGuard sends bears one of the
@@ -116,18 +116,21 @@ func (g *gate) remove() error { return g.change(nil) }
 // shut lets nothing of WireGuard in or out, nor anything into the tunnel: that would
 // begin a handshake, in vain, and WireGuard begins no other with the peer for the
 // next 5 seconds (send.c, wg_packet_send_handshake_initiation: REKEY_TIMEOUT).
-func (g *gate) shut(port int) error {
+func (g *gate) shut(ports ...int) error {
 	return g.change(func(conn *nftables.Conn) {
 		for _, way := range []struct {
 			name   string
 			hook   *nftables.ChainHook
 			offset uint32 // of the port in the UDP header
 		}{{"out", nftables.ChainHookOutput, 0}, {"in", nftables.ChainHookInput, 2}} {
-			conn.AddRule(&nftables.Rule{
-				Table: g.table, Chain: g.chain(conn, way.name, way.hook),
-				Exprs:    append(udpPort(way.offset, port), &expr.Verdict{Kind: expr.VerdictDrop}),
-				UserData: userdata.AppendString(nil, userdata.TypeComment, shut(port)),
-			})
+			chain := g.chain(conn, way.name, way.hook)
+			for _, port := range ports {
+				conn.AddRule(&nftables.Rule{
+					Table: g.table, Chain: chain,
+					Exprs:    append(udpPort(way.offset, port), &expr.Verdict{Kind: expr.VerdictDrop}),
+					UserData: userdata.AppendString(nil, userdata.TypeComment, shut(ports...)),
+				})
+			}
 		}
 		// What is forwarded as well as what is sent here.
 		conn.AddRule(&nftables.Rule{

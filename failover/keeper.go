@@ -36,6 +36,9 @@ type KeeperConfig struct {
 	Memory  *Memory
 	// Silent keeps the link of a standby up, and only the gate shut.
 	Silent bool
+	// Fresh says that the link has just been made, and that who made it may still be at
+	// work on it.
+	Fresh bool
 	// VIP are the addresses that an active sends from; nil leaves that to the routes.
 	VIP []netip.Addr
 	// Settled reports whether the device holds every endpoint that is known.
@@ -60,6 +63,7 @@ type Keeper struct {
 	// Of Step alone.
 	role   Role      // at the last step
 	port   int       // at the last dump
+	moved  time.Time // when it was another
 	dumped time.Time // zero if not yet, or if it has become a standby since
 	kernel bool      // the device is the kernel's; at the last dump
 	asked  bool      // the gate itself, whether there is one
@@ -118,6 +122,9 @@ const (
 	// dumpEvery is how often the device is read: nobody tells when somebody sets a
 	// port or a keepalive. The gate holds without that.
 	dumpEvery = 10 * time.Second
+	// forgetPorts is how long a device has to have one port until those that it had
+	// before are somebody else's.
+	forgetPorts = time.Minute
 	// raisedFor is how long a standby's link that somebody sets up is left alone, but for
 	// the gate: wg-quick fails, and deletes the device, when the link is down again before
 	// it has made its routes.
@@ -191,9 +198,11 @@ func (k *Keeper) watch(ctx context.Context, what string, f func() error) {
 func (k *Keeper) Step(ctx context.Context) {
 	role, _, _ := k.cfg.Desk.Role()
 	if role != k.role {
-		if k.role = role; role == Standby {
-			k.dumped, k.low, k.raised = time.Time{}, false, time.Time{}
+		if role == Standby {
+			// Fresh, it was down a moment ago.
+			k.dumped, k.low, k.raised = time.Time{}, k.cfg.Fresh && k.role == "", time.Time{}
 		}
+		k.role = role
 		k.acts("")
 	}
 	var (
@@ -298,20 +307,51 @@ func (k *Keeper) quiet() error {
 func (k *Keeper) dump() (wg.Device, error) {
 	dev, err := k.cfg.Device.Device(k.cfg.Name)
 	if err == nil {
-		k.port, k.kernel, k.dumped = dev.Port, dev.Kernel, time.Now()
+		now := time.Now()
+		if dev.Port != k.port {
+			k.moved = now
+		}
+		k.port, k.kernel, k.dumped = dev.Port, dev.Kernel, now
 	}
 	return dev, err
 }
 
+// mostPorts is how many ports are shut at once.
+const mostPorts = 4
+
+// shut shuts the port of the device, and for a while those that it had before: one that
+// is made anew, as by wg-quick, has a port that the kernel chose, until it is given the
+// one that it had.
 func (k *Keeper) shut() error {
 	if k.port == 0 {
 		return errors.New("the device has no listen port to shut: set one that stays the same, with wg set")
 	}
-	if k.gate.says() == shut(k.port) {
+	ports := []int{k.port}
+	for _, port := range k.cfg.Memory.ports() {
+		if port != k.port && len(ports) < mostPorts && time.Since(k.moved) < forgetPorts {
+			ports = append(ports, port)
+		}
+	}
+	return shutPorts(k.gate, k.cfg.Memory, ports)
+}
+
+func shutPorts(g *gate, m *Memory, ports []int) error {
+	if g.says() == shut(ports...) {
 		return nil
 	}
-	// Memory or not, it is shut.
-	return errors.Join(k.cfg.Memory.keepGate(true), k.gate.shut(k.port))
+	// Memory or not, they are shut.
+	return errors.Join(m.keepGate(ports), g.shut(ports...))
+}
+
+// ShutAhead shuts the ports that a standby's device had, before there is a device again:
+// who makes it may set it up before a Keeper has read its port. No Keeper may run
+// meanwhile.
+func ShutAhead(space *wg.Space, device string, m *Memory) error {
+	ports := m.ports()
+	if len(ports) == 0 {
+		return nil
+	}
+	return shutPorts(newGate(space, device), m, ports)
 }
 
 // take takes from the device what must not act on a standby, and remembers it
@@ -548,7 +588,7 @@ func (k *Keeper) unshut(vips []netip.Addr) error {
 		if !k.cfg.Memory.gate() {
 			return nil
 		}
-		return k.cfg.Memory.keepGate(false)
+		return k.cfg.Memory.noGate()
 	}
 	if time.Since(k.dumped) > dumpEvery {
 		if _, err := k.dump(); err != nil {
@@ -558,5 +598,5 @@ func (k *Keeper) unshut(vips []netip.Addr) error {
 	if k.port == 0 || k.gate.says() == from(vips, k.port) {
 		return nil
 	}
-	return errors.Join(k.cfg.Memory.keepGate(true), k.gate.from(vips, k.port))
+	return errors.Join(k.cfg.Memory.keepGate([]int{k.port}), k.gate.from(vips, k.port))
 }

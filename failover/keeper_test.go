@@ -3,6 +3,7 @@
 package failover
 
 import (
+	"cmp"
 	"errors"
 	"net/netip"
 	"strings"
@@ -39,6 +40,7 @@ func testKeeper(t *testing.T, dir, mode string, d *fakeDevice) (*Keeper, *Desk) 
 type crash struct {
 	*fakeDevice
 	left int
+	port int // zero for 51820
 }
 
 var errCrash = errors.New("crash")
@@ -53,7 +55,7 @@ func (c *crash) Device(name string) (wg.Device, error) {
 		panic(errCrash)
 	}
 	d, err := c.fakeDevice.Device(name)
-	d.Port = 51820
+	d.Port = cmp.Or(c.port, 51820)
 	return d, err
 }
 
@@ -95,7 +97,7 @@ func TestKeeperCrashes(t *testing.T) {
 			// may make one call more.
 			run := func(role Role) (crashes int) {
 				for left := 0; ; left++ {
-					c := &crash{d, left}
+					c := &crash{fakeDevice: d, left: left}
 					k, desk := testKeeper(t, dir, mode, d)
 					k.cfg.Device = c
 					desk.mustSay(t, ByVerb, role)

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -42,6 +43,9 @@ type memory struct {
 	Offered string `json:"offered,omitempty"`
 	// Gate: there may be a gate of ours.
 	Gate bool `json:"gate,omitempty"`
+	// Ports are those that a standby's device has had lately, the present one first.
+	// They count for the next boot as well.
+	Ports []int `json:"ports,omitempty"`
 	// Taken is what was taken from the device to keep it quiet; nil if nothing was.
 	Taken *taken `json:"taken,omitempty"`
 }
@@ -102,7 +106,7 @@ func OpenMemory(dir, device string) (*Memory, error) {
 	if err != nil {
 		return m, fmt.Errorf("read %s: %w", m.path, errors.Join(err, os.Rename(m.path, m.path+".refused")))
 	}
-	if read.Boot == m.boot {
+	if m.data.Ports = read.Ports; read.Boot == m.boot {
 		m.data = read
 	}
 	return m, nil
@@ -176,13 +180,33 @@ func (m *Memory) gate() bool {
 	return m.data.Gate
 }
 
-func (m *Memory) keepGate(there bool) error {
+// noGate keeps that there is no gate any more.
+func (m *Memory) noGate() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.data.Gate == there && !m.unwritten {
+	if !m.data.Gate && !m.unwritten {
 		return nil
 	}
-	m.data.Gate = there
+	m.data.Gate = false
+	return m.write()
+}
+
+// ports returns the ports to shut.
+func (m *Memory) ports() []int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.data.Ports
+}
+
+// keepGate keeps that there is a gate, and for which ports. The caller may not change
+// them.
+func (m *Memory) keepGate(ports []int) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.data.Gate && slices.Equal(m.data.Ports, ports) && !m.unwritten {
+		return nil
+	}
+	m.data.Gate, m.data.Ports = true, ports
 	return m.write()
 }
 

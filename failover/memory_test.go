@@ -3,6 +3,7 @@
 package failover
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -24,7 +25,7 @@ func TestMemoryFull(t *testing.T) {
 	d := upLink(t)
 	dir := filepath.Join(t.TempDir(), "state")
 	k, desk := testKeeper(t, dir, "down", d)
-	k.cfg.Device = &crash{d, 1000}
+	k.cfg.Device = &crash{fakeDevice: d, left: 1000}
 	if err := os.WriteFile(dir, nil, 0o600); err != nil { // in the place of the directory
 		t.Fatal(err)
 	}
@@ -56,6 +57,61 @@ func TestMemoryFull(t *testing.T) {
 	m, err := OpenMemory(dir, "wg0")
 	if err != nil || m.data.Words.Verb != Standby || !m.data.Gate || m.data.Taken == nil || m.data.Taken.Keepalives[peerKey(0)] != time.Minute {
 		t.Errorf("the file has %+v, error %v", m.data, err)
+	}
+}
+
+// TestMemoryPorts: the ports that were shut are known when the host has restarted, and
+// shut before there is a device; and those that a device had before are forgotten.
+func TestMemoryPorts(t *testing.T) {
+	inNamespace(t)
+	d := upLink(t)
+	dir := t.TempDir()
+	k, desk := testKeeper(t, dir, "down", d)
+	c := &crash{fakeDevice: d, left: 1000}
+	k.cfg.Device = c
+	desk.mustSay(t, ByVerb, Standby)
+	step := func(port int, want ...int) {
+		t.Helper()
+		c.port = port
+		k.dumped = time.Time{} // as after dumpEvery
+		k.Step(t.Context())
+		if err := k.Status().Err; err != nil {
+			t.Fatal(err)
+		}
+		if says := k.gate.says(); says != shut(want...) {
+			t.Errorf("the gate says %q, want %q", says, shut(want...))
+		}
+	}
+	step(51820, 51820)
+	step(40000, 40000, 51820)
+	step(51820, 51820, 40000)
+	step(40001, 40001, 51820, 40000)
+	step(51820, 51820, 40001, 40000)
+	step(40002, 40002, 51820, 40001, 40000)
+	step(51820, 51820, 40002, 40001, 40000)
+	step(40003, 40003, 51820, 40002, 40001)
+	step(51820, 51820, 40003, 40002, 40001)
+	k.moved = k.moved.Add(-forgetPorts)
+	step(51820, 51820)
+	step(40000, 40000, 51820)
+
+	path := filepath.Join(dir, "failover-wg0.json")
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = os.WriteFile(path, bytes.ReplaceAll(text, []byte(k.cfg.Memory.boot), []byte("another")), 0o600)
+	}
+	if err = errors.Join(err, k.gate.remove()); err != nil {
+		t.Fatal(err)
+	}
+	m, err := OpenMemory(dir, "wg0")
+	if err == nil {
+		err = ShutAhead(nil, "one", m)
+	}
+	if says := k.gate.says(); err != nil || says != shut(40000, 51820) {
+		t.Errorf("ahead: the gate says %q, error %v", says, err)
+	}
+	if m.data.Words.Verb != "" || m.data.Taken != nil {
+		t.Errorf("another boot's memory: %+v", m.data)
 	}
 }
 
@@ -117,7 +173,7 @@ func TestOtherNamespace(t *testing.T) {
 	d := upLink(t)
 	dir := t.TempDir()
 	k, desk := testKeeper(t, dir, "down", d)
-	k.cfg.Device = &crash{d, 1000}
+	k.cfg.Device = &crash{fakeDevice: d, left: 1000}
 	desk.mustSay(t, ByVerb, Standby)
 	k.Step(t.Context())
 	if err := k.Status().Err; err != nil || isUp(t) {
@@ -129,7 +185,7 @@ func TestOtherNamespace(t *testing.T) {
 	d = upLink(t)
 	d.peers[peerKey(0)].Keepalive = 0 // and not a minute
 	k, desk = testKeeper(t, dir, "down", d)
-	k.cfg.Device = &crash{d, 1000}
+	k.cfg.Device = &crash{fakeDevice: d, left: 1000}
 	if k.of.Ifindex != before.Ifindex {
 		t.Fatalf("the links are %+v and %+v: the test wants them to have the same index", before, k.of)
 	}
@@ -191,7 +247,7 @@ func TestFoundDown(t *testing.T) {
 				t.Helper()
 				if restart {
 					k, desk = testKeeper(t, dir, mode, d)
-					k.cfg.Device = &crash{d, 1000}
+					k.cfg.Device = &crash{fakeDevice: d, left: 1000}
 				}
 				desk.mustSay(t, ByVerb, role)
 				k.dumped = time.Time{} // as after dumpEvery

@@ -10,11 +10,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam/internal/lab"
 )
@@ -109,10 +112,127 @@ func TestConfigured(t *testing.T) {
 // awaitQuiet waits until the gateway's device is that of a standby.
 func awaitQuiet(t testing.TB, gw *lab.Gateway, mode string) {
 	t.Helper()
-	name := gw.Device()
+	awaitQuietDevice(t, gw, gw.Device(), mode)
+}
+
+func awaitQuietDevice(t testing.TB, gw *lab.Gateway, name, mode string) {
+	t.Helper()
 	await(t, name+" is quiet", func() (bool, string) {
 		up := strings.Contains(at(t, gw, "ip", "-o", "link", "show", "dev", name), ",UP")
 		conf := at(t, gw, "wg", "show", name, "persistent-keepalive")
 		return up == (mode == "silent") && strings.Count(conf, "\toff") == strings.Count(conf, "\n"), fmt.Sprintf("up %v, %s", up, conf)
 	})
+}
+
+// anew matches what another device has of its own in dumpsOfDevice: its index, and the
+// link-local address that the kernel draws.
+var anew = regexp.MustCompile(`"ifindex":\d+,|"local":"fe80:[^"]*"`)
+
+// TestQuick: nothing leaves a standby whose device wg-quick takes down and sets up
+// again, be it beneath the daemon or while that is dead; and what wg-quick has made,
+// a default route in a table of its own, with rules, is there when it is promoted.
+func TestQuick(t *testing.T) {
+	if lab.InVM() {
+		t.Skip("nothing here depends on the kernel, and this one is emulated")
+	}
+	for _, mode := range []string{"down", "silent"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			quick(t, mode)
+		})
+	}
+}
+
+func quick(t *testing.T, mode string) {
+	l := newLab(t, lab.Config{OwnSource: true})
+	a, h := l.Gateways[0], l.Gateways[1]
+	// Its port is that of wg-quick's device.
+	if err := h.LinkDown(); err != nil {
+		t.Fatal(err)
+	}
+	own, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := fmt.Sprintf("wgq%s%d", mode[:1], os.Getpid())
+	dir := t.TempDir()
+	conf := filepath.Join(dir, name+".conf")
+	text := fmt.Sprintf(`[Interface]
+PrivateKey = %s
+ListenPort = %d
+Address = 10.77.0.1/24, fd77::1/64
+[Peer]
+PublicKey = %s
+AllowedIPs = 0.0.0.0/0, ::/0
+Endpoint = %s
+PersistentKeepalive = 1
+`, own, lab.ListenPort, peer.PublicKey(), netip.AddrPortFrom(a.Addr4, 7))
+	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	target := netip.MustParseAddr("10.77.0.9")
+	again := func() {
+		t.Helper()
+		at(t, h, "wg-quick", "down", conf)
+		at(t, h, "wg-quick", "up", conf)
+		speak(t, h, target)
+	}
+	wire := capturePackets(t, h)
+	at(t, h, "wg-quick", "up", conf)
+	await(t, "without wgroam it speaks", func() (bool, string) { return len(wire.take()) > 0, "" })
+	dumps := func() string { return anew.ReplaceAllString(dumpsOfDevice(t, h, name), "") }
+	before := dumps()
+
+	cfg := fmt.Sprintf("role = \"auto\"\nstandby = %q\nvip = [%q]", mode, lab.VIP4)
+	cfg = strings.Replace(roleConfig(h, dir, cfg, ""), fmt.Sprintf("name = %q", h.Device()), fmt.Sprintf("name = %q", name), 1)
+	n := startNode(t, h, dir, cfg)
+	n.awaitState("quiet")
+	awaitQuietDevice(t, h, name, mode)
+	wire.take()
+	for range 2 {
+		again()
+		awaitQuietDevice(t, h, name, mode)
+	}
+	wire.none(mode + ", beneath the daemon")
+	if err := n.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-n.exited
+	again()
+	again()
+	wire.none(mode + ", without the daemon")
+	n.process = start(t, h, nil, "run", "--config", n.file)
+	n.says("following endpoint changes")
+	awaitQuietDevice(t, h, name, mode)
+	n.awaitState("quiet")
+	wire.none(mode + ", with the next daemon")
+	// As after the host was started: neither device nor rules are there.
+	n.stop()
+	at(t, h, "wg-quick", "down", conf)
+	at(t, h, "nft", "flush", "ruleset")
+	n.process = start(t, h, nil, "run", "--config", n.file)
+	await(t, "the port is shut", func() (bool, string) {
+		rules := at(t, h, "nft", "list", "ruleset")
+		return strings.Contains(rules, fmt.Sprintf("udp sport %d drop", lab.ListenPort)), rules
+	})
+	at(t, h, "wg-quick", "up", conf)
+	speak(t, h, target)
+	awaitQuietDevice(t, h, name, mode)
+	n.awaitState("quiet")
+	wire.none(mode + ", made after the daemon began")
+
+	if err := l.MoveVIP(h); err != nil {
+		t.Fatal(err)
+	}
+	n.awaitState("open")
+	if diff := cmp.Diff(before, dumps()); diff != "" {
+		t.Errorf("%s (-before +after):\n%s", mode, diff)
+	}
+	wire.fromVIP(mode)
+	n.stop()
+	at(t, h, "wg-quick", "down", conf)
 }

@@ -134,6 +134,10 @@ type device struct {
 	mem     *failover.Memory
 	handing handover
 
+	// found: whether the link was there when the daemon began is known, so that the next
+	// one is new. Of keep and unkept, which take turns.
+	found bool
+
 	probing sync.Mutex // held while the virtual IP is tried
 
 	mu      sync.Mutex

@@ -77,6 +77,7 @@ func (d *device) keep(ctx context.Context, space *wg.Space, link wg.Link) error 
 	}
 	defer client.Close()
 	keeper := d.newKeeper(space, link, client)
+	d.found = true // for the next one
 	d.setKeeper(keeper)
 	defer d.setKeeper(nil)
 	keeper.Run(ctx)
@@ -85,6 +86,7 @@ func (d *device) keep(ctx context.Context, space *wg.Space, link wg.Link) error 
 
 // unkept says why there is no keeper, unless there is no session for that, too.
 func (d *device) unkept(err error) {
+	d.found = true
 	if errors.Is(err, errKeep) {
 		d.log.Error("the device is left as it is; trying again", "err", err)
 	}
@@ -94,6 +96,43 @@ func (d *device) setKeeper(k *failover.Keeper) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.keeper = k
+}
+
+// aheadEvery is how often the ports of a standby without a device are looked at.
+const aheadEvery = 100 * time.Millisecond
+
+// shutAhead keeps the ports shut that a standby's device had, while it has none.
+func (d *device) shutAhead(ctx context.Context) error {
+	absent := func(error) {} // follow says so
+	return inSpace(ctx, d.cfg.Netns, absent, func(inside context.Context, space *wg.Space) error {
+		tick := time.NewTicker(aheadEvery)
+		defer tick.Stop()
+		last := "" // the last complaint
+		for {
+			if err := d.shutUnkept(space); err != nil && err.Error() != last {
+				last = err.Error()
+				d.log.Error("the ports of a device that is not there are not shut; trying again", "err", err)
+			}
+			select {
+			case <-inside.Done():
+				return nil
+			case <-tick.C:
+			}
+		}
+	})
+}
+
+func (d *device) shutUnkept(space *wg.Space) error {
+	if role, _, _ := d.desk.Role(); role != failover.Standby {
+		return nil
+	}
+	// No keeper begins meanwhile.
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.keeper != nil {
+		return nil
+	}
+	return failover.ShutAhead(space, d.cfg.Name, d.mem)
 }
 
 // completed passes on that a peer has a new session.
@@ -110,7 +149,7 @@ func (d *device) completed(peer wgroam.Key) {
 func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *failover.Keeper {
 	return failover.NewKeeper(failover.KeeperConfig{
 		Device: client, Name: link.Name, Ifindex: link.Ifindex, Space: space,
-		Desk: d.desk, Memory: d.mem, Silent: d.cfg.Standby == config.StandbySilent, VIP: d.cfg.VIP,
+		Desk: d.desk, Memory: d.mem, Silent: d.cfg.Standby == config.StandbySilent, VIP: d.cfg.VIP, Fresh: d.found,
 		Settled: d.settled,
 		Told: func() bool {
 			s := d.live()

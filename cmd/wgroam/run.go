@@ -116,6 +116,9 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 			g.Go(func() error { return dev.watchVIP(ctx) })
 		}
 		at := place{dev.cfg.Netns, dev.cfg.Name}
+		if dev.cfg.Role != config.RoleAlways {
+			g.Go(func() error { return dev.shutAhead(ctx) })
+		}
 		g.Go(func() error { return follow(ctx, at, dev.log, dev.unkept, dev.keep) })
 		g.Go(func() error { return follow(ctx, at, dev.log, dev.absent, dev.session) })
 	}
