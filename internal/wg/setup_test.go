@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/wgroam/wgroam"
 )
 
 // TestSetupOf: a hash changes with what it is of, and with nothing else.
@@ -50,4 +52,26 @@ func TestSetupOf(t *testing.T) {
 	if other := setupOf(hmac.New(sha256.New, []byte("another one's")), &base); other.AllowedIPs == want.AllowedIPs || other.PresharedKey == want.PresharedKey {
 		t.Error("another group has the same hash")
 	}
+}
+
+// BenchmarkSetups is what a comparison of devices costs on top of reading one.
+func BenchmarkSetups(b *testing.B) {
+	const n = 100_000
+	peers := make([]wgtypes.Peer, n)
+	for i := range peers {
+		peers[i].PublicKey = wgtypes.Key{byte(i >> 16), byte(i >> 8), byte(i)}
+		peers[i].AllowedIPs = []net.IPNet{
+			{IP: net.IP{10, byte(i >> 16), byte(i >> 8), byte(i)}, Mask: net.CIDRMask(32, 32)},
+			{IP: net.IP{0: 0xfd, 13: byte(i >> 16), 14: byte(i >> 8), 15: byte(i)}, Mask: net.CIDRMask(128, 128)},
+		}
+	}
+	mac := hmac.New(sha256.New, make([]byte, 32))
+	for b.Loop() {
+		list := make([]wgroam.Setup, n)
+		for i := range peers {
+			list[i] = setupOf(mac, &peers[i])
+		}
+		wgroam.NewSetups(list)
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/n, "ns/peer")
 }

@@ -254,7 +254,7 @@ func setupOf(mac hash.Hash, p *wgtypes.Peer) wgroam.Setup {
 	slices.SortFunc(allowed, netip.Prefix.Compare)
 	var ips []byte
 	for _, a := range allowed {
-		ips = append(append(ips, a.String()...), ' ')
+		ips = append(a.AppendTo(ips), ' ')
 	}
 	return wgroam.Setup{Peer: wgroam.Key(p.PublicKey), AllowedIPs: sum('a', ips), PresharedKey: sum('p', p.PresharedKey[:])}
 }
