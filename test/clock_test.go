@@ -3,11 +3,16 @@
 package test
 
 import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
@@ -48,4 +53,74 @@ func TestClockSteps(t *testing.T) {
 		t.Logf("%s: refused %v", n.gw.Name, s.Feed.Refused)
 	}
 	same(t, l)
+}
+
+// clockLine returns what check says of a node's clock, after so many beats of another one
+// that those before them do not count any more.
+func clockLine(n *node, other *later) control.Finding {
+	n.t.Helper()
+	for range 20 {
+		other.beat()
+	}
+	checks := n.check().Checks
+	i := slices.IndexFunc(checks, func(f control.Finding) bool { return f.Check == "clock" })
+	if i < 0 {
+		return control.Finding{}
+	}
+	return checks[i]
+}
+
+// awaitBehind waits until check says that a node's clock is behind another's by 20
+// seconds.
+func awaitBehind(n *node, other *later) {
+	n.t.Helper()
+	await(n.t, "check says that the clock is behind", func() (bool, string) {
+		f := clockLine(n, other)
+		var seconds float64
+		_, err := fmt.Sscanf(f.Detail, "%f s behind", &seconds)
+		return f.State == control.CheckFail && err == nil && seconds > 19 && seconds <= 20, fmt.Sprintf("%+v", f)
+	})
+}
+
+func awaitAgree(n *node, other *later) {
+	n.t.Helper()
+	await(n.t, "check says that the clocks agree", func() (bool, string) {
+		f := clockLine(n, other)
+		return f.State == control.CheckOK, fmt.Sprintf("%+v", f)
+	})
+}
+
+// startBehind starts a daemon on the second gateway, and another node that has a clock of
+// its own and no daemon.
+func startBehind(t *testing.T, l *lab.Lab) (*node, *later) {
+	t.Helper()
+	h := l.Gateways[1]
+	url, nc := startBus(t, l.Gateways[0])
+	dir := t.TempDir()
+	cfg := strings.Replace(onBus(h, dir, url), "[nats]", fmt.Sprintf("role = \"auto\"\nvip = [%q, %q]\n[nats]", lab.VIP4, lab.VIP6), 1)
+	n := startNode(t, h, dir, cfg)
+	dev, err := h.WG().Device(h.Device())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n, startLater(t, nc, dev.PrivateKey)
+}
+
+// TestCheckClock: a standby whose clock is behind is not ready, and says by how much,
+// until the clocks agree.
+func TestCheckClock(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	n, other := startBehind(t, l)
+	seen := observed(t, l.Clients[0], netip.MustParseAddrPort("198.51.100.7:7001"), other.id())
+	other.answer.Store(&seen)
+	other.ahead = 20 * time.Second
+	awaitBehind(n, other)
+	if s := n.status(); s.ClockBehindMS < 19_000 || s.ClockBehindMS > 20_000 || !strings.Contains(s.LastError, "behind") {
+		t.Errorf("the status says %d ms, %q", s.ClockBehindMS, s.LastError)
+	}
+	other.ahead = 0
+	awaitAgree(n, other)
+	if s := n.status(); s.ClockBehindMS > 1000 || strings.Contains(s.LastError, "behind") {
+		t.Errorf("the status still says %d ms, %q", s.ClockBehindMS, s.LastError)
+	}
 }

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/crypto/chacha20poly1305"
 
 	"github.com/wgroam/wgroam"
+	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
@@ -36,6 +37,7 @@ type later struct {
 	kid    []byte
 	aead   cipher.AEAD
 	number uint64
+	ahead  time.Duration          // its clock, of ours
 	answer atomic.Pointer[[]byte] // a record
 }
 
@@ -100,7 +102,7 @@ func (n *later) say(version, kind byte, flags uint16, seq uint64, subject string
 
 func (n *later) beat() {
 	n.number++
-	b := be.BigEndian.AppendUint64(nil, uint64(time.Now().UnixNano()))
+	b := be.BigEndian.AppendUint64(nil, uint64(time.Now().Add(n.ahead).UnixNano()))
 	b = be.BigEndian.AppendUint64(b, n.number)
 	b = be.BigEndian.AppendUint64(b, 42)              // digest
 	b = be.BigEndian.AppendUint32(b, 1)               // records
@@ -183,5 +185,12 @@ func TestLaterVersion(t *testing.T) {
 	out, err := exec.Command(binary(t), "status", "--socket", old.socket).Output()
 	if err != nil || !strings.Contains(string(out), "upgrade this one") {
 		t.Errorf("status says %v: %s", err, out)
+	}
+	// It does not know, or does not answer, a question of ours.
+	n.beat()
+	if !slices.ContainsFunc(old.check().Checks, func(f control.Finding) bool {
+		return f.Check == "peers" && f.State == control.CheckWarn && strings.Contains(f.Detail, "not known whether they are set up as on "+laterName)
+	}) {
+		t.Error("check does not say that it does not know")
 	}
 }
