@@ -3,6 +3,7 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/lab"
@@ -109,6 +111,9 @@ func startBehind(t *testing.T, l *lab.Lab) (*node, *later) {
 // TestCheckClock: a standby whose clock is behind is not ready, and says by how much,
 // until the clocks agree.
 func TestCheckClock(t *testing.T) {
+	if lab.InVM() {
+		t.Skip("nothing here depends on the kernel, and this one is emulated")
+	}
 	l := newLab(t, lab.Config{})
 	n, other := startBehind(t, l)
 	seen := observed(t, l.Clients[0], netip.MustParseAddrPort("198.51.100.7:7001"), other.id())
@@ -123,4 +128,85 @@ func TestCheckClock(t *testing.T) {
 	if s := n.status(); s.ClockBehindMS > 1000 || strings.Contains(s.LastError, "behind") {
 		t.Errorf("the status still says %d ms, %q", s.ClockBehindMS, s.LastError)
 	}
+}
+
+// TestClockBehind: check on a standby whose clock is behind says by how much, the peers
+// ignore it for that long, and do not when the clock has been corrected. The kernel of
+// the test has one clock, so that the active, whose handshakes are from the future, is
+// there in the feed and by its device, and has no daemon.
+func TestClockBehind(t *testing.T) {
+	if !lab.InVM() {
+		t.Skip("this kernel has one wall clock, and it is this machine's")
+	}
+	const behind = 20 * time.Second
+	l := newLab(t, lab.Config{})
+	a, h, c := l.Gateways[0], l.Gateways[1], l.Clients[0]
+	n, active := startBehind(t, l)
+
+	off := time.Duration(0)
+	t.Cleanup(func() { setClock(t, -off) })
+	set := func(by time.Duration) {
+		setClock(t, by)
+		off += by
+		active.ahead -= by
+	}
+	ping(t, c)
+	// A handshake that the active begins, of a session that it has not yet: the peer
+	// keeps its time.
+	set(behind)
+	if err := errors.Join(a.LinkDown(), a.LinkUp()); err != nil {
+		t.Fatal(err)
+	}
+	began, keepalive := time.Now(), 25*time.Second
+	configure(t, a, wgtypes.PeerConfig{PublicKey: wgtypes.Key(c.Key()), UpdateOnly: true, PersistentKeepaliveInterval: &keepalive})
+	await(t, "the active calls the peer", func() (bool, string) {
+		peers, err := a.Peers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return peers[0].LastHandshakeTime.After(began), peers[0].LastHandshakeTime.String()
+	})
+	set(-behind)
+	active.ahead = behind
+	seen := observed(t, c, c.Endpoint(), active.id())
+	active.answer.Store(&seen)
+	awaitBehind(n, active)
+	awaitEndpoint(t, h, c, c.Endpoint())
+
+	if err := a.LinkDown(); err != nil { // it dies
+		t.Fatal(err)
+	}
+	var last time.Time
+	promote := func() control.Promotion {
+		t.Helper()
+		if err := l.MoveVIP(h); err != nil {
+			t.Fatal(err)
+		}
+		var p *control.Promotion
+		await(t, "the promotion has ended", func() (bool, string) {
+			p = n.status().Failover.Promotion
+			return p != nil && p.Began != last && !p.Ended.IsZero(), fmt.Sprintf("%+v", p)
+		})
+		last = p.Began
+		return *p
+	}
+	if p := promote(); p.Called != 1 || p.Answered != 0 {
+		t.Errorf("behind: %+v, want that the peer ignores the call", p)
+	}
+	if err := l.MoveVIP(a); err != nil {
+		t.Fatal(err)
+	}
+	n.awaitState("quiet")
+
+	set(behind)
+	awaitAgree(n, active)
+	p := promote()
+	if p.Answered != 1 {
+		t.Errorf("corrected: %+v, want an answer", p)
+	}
+	// WireGuard repeats a call after 5 seconds; it was the first that was answered.
+	if p.P50MS >= 5000 {
+		t.Errorf("corrected: %+v, want an answer to the first call", p)
+	}
+	t.Logf("corrected: the peer had a session %d ms after the promotion began", p.P50MS)
 }
