@@ -178,6 +178,7 @@ func TestDemo(t *testing.T) {
 	}
 
 	story := r.stderr.String()
+	t.Log("\n" + story)
 	if strings.ContainsRune(story, '\x1b') {
 		t.Error("escape codes, and no terminal")
 	}
@@ -188,8 +189,8 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// begin starts the demo and waits until the client has roamed.
-func (r *demoRun) begin(t *testing.T) {
+// begin starts the demo and waits for a line with such a beginning.
+func (r *demoRun) begin(t *testing.T, line string) {
 	t.Helper()
 	r.cmd.Stdout = nil
 	out, err := r.cmd.StdoutPipe()
@@ -202,7 +203,7 @@ func (r *demoRun) begin(t *testing.T) {
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
 		fmt.Fprintln(&r.stdout, lines.Text())
-		if strings.HasPrefix(lines.Text(), "  address ") {
+		if strings.HasPrefix(lines.Text(), line) {
 			return
 		}
 	}
@@ -210,13 +211,26 @@ func (r *demoRun) begin(t *testing.T) {
 	t.Fatalf("the demo ended: %v\n%s%s", err, r.stdout.String(), r.stderr.String())
 }
 
+// roamed begins a line of the demo when the client has roamed to another address.
+const roamed = "  address "
+
 func TestDemoSignals(t *testing.T) {
-	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
-		t.Run(strings.ReplaceAll(sig.String(), " ", "_"), func(t *testing.T) {
+	for name, tt := range map[string]struct {
+		sig       syscall.Signal
+		line      string // when it is sent
+		processes int
+	}{
+		"interrupt":             {syscall.SIGINT, roamed, 3},
+		"terminated":            {syscall.SIGTERM, roamed, 3},
+		"killed":                {syscall.SIGKILL, roamed, 3},
+		"interrupt of failover": {syscall.SIGINT, "  without  sends   is back", 2},
+	} {
+		t.Run(strings.ReplaceAll(name, " ", "_"), func(t *testing.T) {
+			sig := tt.sig
 			r := newDemo(t)
-			r.begin(t)
-			if n := len(r.processes(t)); n != 3 {
-				t.Errorf("%d processes while it runs, want the demo and two daemons", n)
+			r.begin(t, tt.line)
+			if n := len(r.processes(t)); n != tt.processes {
+				t.Errorf("%d processes while it runs, want %d with the daemons", n, tt.processes)
 			}
 			start := time.Now()
 			if err := r.cmd.Process.Signal(sig); err != nil {
@@ -244,7 +258,7 @@ func TestDemoSignals(t *testing.T) {
 // A daemon that dies fails the demo, which keeps the logs.
 func TestDemoDaemonDies(t *testing.T) {
 	r := newDemo(t)
-	r.begin(t)
+	r.begin(t, roamed)
 	out := make(chan struct{}) // the rest of the output has been read below
 	for _, dir := range r.processes(t) {
 		cmdline, err := os.ReadFile(dir + "/cmdline")

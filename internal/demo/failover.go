@@ -120,12 +120,13 @@ func (s *side) count() error {
 	return nil
 }
 
-// die cuts a off.
+// die cuts a off, and ends its device: what went on sending would fill queues that
+// nobody empties, and hold up the end of the demo.
 func (s *side) die() error {
 	s.death = time.Now()
 	err := s.active().Kill()
 	s.cut = time.Now()
-	return err
+	return errors.Join(err, s.active().LinkDown())
 }
 
 // takeOver moves the virtual IP to h.
