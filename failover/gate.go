@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -30,9 +31,12 @@ func newGate(space *wg.Space, device string) *gate {
 	return &gate{space, device, &nftables.Table{Name: "wgroam-" + device, Family: nftables.TableFamilyINet}}
 }
 
+// standby begins what a gate says that is shut.
+const standby = "wgroam: standby"
+
 // shut returns what the gate says while it lets nothing of WireGuard in or out.
 func shut(ports ...int) string {
-	return fmt.Sprintf("wgroam: standby, port %s and the tunnel are shut", strings.Trim(fmt.Sprint(ports), "[]"))
+	return fmt.Sprintf("%s, port %s and the tunnel are shut", standby, strings.Trim(fmt.Sprint(ports), "[]"))
 }
 
 // from returns what the gate says while all that WireGuard sends bears one of the
@@ -40,6 +44,9 @@ func shut(ports ...int) string {
 func from(vips []netip.Addr, port int) string {
 	return fmt.Sprintf("wgroam: active, port %d sends from %s", port, strings.Trim(fmt.Sprint(vips), "[]"))
 }
+
+// opened is what a gate says that was shut, and has been opened in haste.
+const opened = "wgroam: active, being tidied up"
 
 // says returns what the gate says; empty if there is none.
 func (g *gate) says() string {
@@ -61,6 +68,18 @@ func (g *gate) says() string {
 
 // change replaces the table, at one stroke, by one with what add adds.
 func (g *gate) change(add func(*nftables.Conn)) error {
+	return g.batch(func(conn *nftables.Conn) {
+		conn.AddTable(g.table) // so that it can be deleted
+		conn.DelTable(g.table)
+		if add != nil {
+			conn.AddTable(g.table)
+			add(conn)
+		}
+	})
+}
+
+// batch changes the rules at one stroke.
+func (g *gate) batch(change func(*nftables.Conn)) error {
 	return g.space.Do(func() error {
 		conn, err := nftables.New()
 		if err != nil {
@@ -72,12 +91,7 @@ func (g *gate) change(add func(*nftables.Conn)) error {
 		if _, err := conn.ListTablesOfFamily(g.table.Family); err != nil {
 			return fmt.Errorf("no nftables: load nf_tables, and let wgroam have CAP_NET_ADMIN: %w", err)
 		}
-		conn.AddTable(g.table) // so that it can be deleted
-		conn.DelTable(g.table)
-		if add != nil {
-			conn.AddTable(g.table)
-			add(conn)
-		}
+		change(conn)
 		if err := conn.Flush(); err != nil {
 			return fmt.Errorf("nftables: %w", err)
 		}
@@ -150,52 +164,85 @@ func (g *gate) shut(ports ...int) error {
 // retried for loses it (timers.c, wg_expired_retransmit_handshake).
 func (g *gate) from(vips []netip.Addr, port int) error {
 	return g.change(func(conn *nftables.Conn) {
-		// Before connection tracking, which then sees the address that answers go to.
 		chain := g.chain(conn, "out", nftables.ChainHookOutput)
-		for _, family := range []struct {
-			is          func(netip.Addr) bool
-			proto       byte
-			offset, len uint32 // of the source in the IP header
-			sum         uint32 // of the checksum there
-		}{
-			{netip.Addr.Is4, unix.NFPROTO_IPV4, 12, 4, 10},
-			// There is none, but the library does not ask for the one of UDP then. So
-			// it is the source itself, which is written last (nft_payload.c,
-			// nft_payload_set_eval).
-			{netip.Addr.Is6, unix.NFPROTO_IPV6, 8, 16, 8},
-		} {
-			exprs := append([]expr.Any{
-				&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
-				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family.proto}},
-			}, udpPort(0, port)...)
-			source := &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: family.offset, Len: family.len}
-			var first []byte
-			for _, vip := range vips {
-				if family.is(vip) {
-					exprs = append(exprs, source, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: vip.AsSlice()})
-					if first == nil {
-						first = vip.AsSlice()
-					}
-				}
-			}
-			if first == nil {
-				continue
-			}
+		for _, exprs := range rewrites(vips, port) {
 			conn.AddRule(&nftables.Rule{
-				Table: g.table, Chain: chain,
-				Exprs: append(exprs,
-					&expr.Immediate{Register: 1, Data: first},
-					&expr.Payload{
-						OperationType: expr.PayloadWrite, SourceRegister: 1, Base: source.Base, Offset: source.Offset, Len: source.Len,
-						// And that of UDP, which covers the address.
-						CsumType: expr.CsumTypeInet, CsumOffset: family.sum, CsumFlags: unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR,
-					}),
+				Table: g.table, Chain: chain, Exprs: exprs,
 				UserData: userdata.AppendString(nil, userdata.TypeComment, from(vips, port)),
 			})
 		}
 	})
 }
 
+// open makes a gate that is shut pass what from does, or all, where there are no vips.
+// It is for the moment in which clients wait: from and remove take something out of the
+// kernel's rules, which waits until no processor can be using it (synchronize_rcu, 10 ms and
+// more), and this does not. One of them has to follow.
+func (g *gate) open(vips []netip.Addr, port int) error {
+	return g.batch(func(conn *nftables.Conn) {
+		comment := userdata.AppendString(nil, userdata.TypeComment, opened)
+		for _, way := range []struct {
+			name  string
+			rules [][]expr.Any
+		}{
+			{"out", append(rewrites(vips, port), udpPort(0, port))},
+			{"in", [][]expr.Any{udpPort(2, port)}},
+			{"tunnel", [][]expr.Any{nil}},
+		} {
+			chain := &nftables.Chain{Name: way.name, Table: g.table}
+			last := len(way.rules) - 1
+			way.rules[last] = append(way.rules[last], &expr.Verdict{Kind: expr.VerdictAccept})
+			for _, exprs := range slices.Backward(way.rules) { // each comes before all others
+				conn.InsertRule(&nftables.Rule{Table: g.table, Chain: chain, Exprs: exprs, UserData: comment})
+			}
+		}
+	})
+}
+
+// rewrites are the rules that write the source of what leaves a port.
+func rewrites(vips []netip.Addr, port int) (out [][]expr.Any) {
+	for _, family := range []struct {
+		is          func(netip.Addr) bool
+		proto       byte
+		offset, len uint32 // of the source in the IP header
+		sum         uint32 // of the checksum there
+	}{
+		{netip.Addr.Is4, unix.NFPROTO_IPV4, 12, 4, 10},
+		// There is none, but the library does not ask for the one of UDP then. So
+		// it is the source itself, which is written last (nft_payload.c,
+		// nft_payload_set_eval).
+		{netip.Addr.Is6, unix.NFPROTO_IPV6, 8, 16, 8},
+	} {
+		exprs := append([]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family.proto}},
+		}, udpPort(0, port)...)
+		source := &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: family.offset, Len: family.len}
+		var first []byte
+		for _, vip := range vips {
+			if family.is(vip) {
+				exprs = append(exprs, source, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: vip.AsSlice()})
+				if first == nil {
+					first = vip.AsSlice()
+				}
+			}
+		}
+		if first == nil {
+			continue
+		}
+		out = append(out, append(exprs,
+			&expr.Immediate{Register: 1, Data: first},
+			&expr.Payload{
+				OperationType: expr.PayloadWrite, SourceRegister: 1, Base: source.Base, Offset: source.Offset, Len: source.Len,
+				// And that of UDP, which covers the address.
+				CsumType: expr.CsumTypeInet, CsumOffset: family.sum, CsumFlags: unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR,
+			}))
+	}
+	return out
+}
+
+// chain is at a hook before connection tracking, which then sees the address that answers
+// go to.
 func (g *gate) chain(conn *nftables.Conn, name string, hook *nftables.ChainHook) *nftables.Chain {
 	return conn.AddChain(&nftables.Chain{
 		Name: name, Table: g.table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRaw,

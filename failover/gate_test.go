@@ -145,19 +145,29 @@ func TestGate(t *testing.T) {
 			t.Error("shut, something enters the tunnel, or nothing another one")
 		}
 
+		check(g.open(nil, port))
+		says(opened)
+		want("out, opened", pass(guarded, free, "10.9.9.1", other), "10.9.9.1")
+		want("in, opened", pass(free, guarded, "10.9.9.1", port), "10.9.9.1")
+		check(g.shut(port))
 		vips := []netip.Addr{netip.MustParseAddr("10.9.9.2"), netip.MustParseAddr("10.9.9.3"), netip.MustParseAddr("fd09::2")}
-		check(g.from(vips, port))
-		says(from(vips, port))
-		if !enters("wg0") {
-			t.Error("open, nothing enters the tunnel")
+		for _, way := range []struct {
+			open func([]netip.Addr, int) error
+			says string
+		}{{g.open, opened}, {g.from, from(vips, port)}} {
+			check(way.open(vips, port))
+			says(way.says)
+			if !enters("wg0") {
+				t.Error("open, nothing enters the tunnel")
+			}
+			sums := captureSums(t, lo.Attrs().Index)
+			want("out", pass(guarded, free, "10.9.9.1", other), "10.9.9.2")
+			want("out, IPv6", pass(guarded, free, "fd09::1", other), "fd09::2")
+			want("out, with another VIP already", pass(guarded, free, "10.9.9.3", other), "10.9.9.3")
+			want("in", pass(free, guarded, "10.9.9.1", port), "10.9.9.1")
+			want("another port", pass(free, free, "10.9.9.1", other), "10.9.9.1")
+			sums(5)
 		}
-		sums := captureSums(t, lo.Attrs().Index)
-		want("out", pass(guarded, free, "10.9.9.1", other), "10.9.9.2")
-		want("out, IPv6", pass(guarded, free, "fd09::1", other), "fd09::2")
-		want("out, with another VIP already", pass(guarded, free, "10.9.9.3", other), "10.9.9.3")
-		want("in", pass(free, guarded, "10.9.9.1", port), "10.9.9.1")
-		want("another port", pass(free, free, "10.9.9.1", other), "10.9.9.1")
-		sums(5)
 
 		check(g.from(vips[:1], port))
 		want("out, IPv6, with a VIP of IPv4 alone", pass(guarded, free, "fd09::1", other), "fd09::1")

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -468,7 +469,7 @@ func (k *Keeper) keepalives(all []wg.Keepalive) error {
 
 // open makes the device one that is used, with vips for the source of what it
 // sends.
-func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
+func (k *Keeper) open(ctx context.Context, vips []netip.Addr) (err error) {
 	t := k.cfg.Memory.taken(k.of)
 	if t != nil && !t.Called {
 		k.settle(ctx)
@@ -487,7 +488,15 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) error {
 		return nil
 	}
 	// Before the first packet can leave, and in one stroke where the gate was shut.
-	gateErr := k.unshut(vips)
+	haste, gateErr := k.unshut(vips)
+	if haste {
+		defer func() {
+			if ctx.Err() == nil { // or it may have to be shut at once
+				_, gateErr := k.unshut(vips)
+				err = errors.Join(err, gateErr)
+			}
+		}()
+	}
 	if t == nil {
 		err := k.cfg.Memory.flush()
 		if link, linkErr := k.link(); linkErr == nil && !link.Up && k.role == Active {
@@ -544,9 +553,16 @@ const (
 
 func (k *Keeper) settle(ctx context.Context) {
 	began := time.Now()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for !k.cfg.Settled() || time.Since(began) < wholeFor && k.partial() {
+	settled := false
+	for {
+		// That looks at the whole table; the addresses are few.
+		pause := 5 * time.Millisecond
+		if settled = settled || k.cfg.Settled(); settled {
+			if time.Since(began) >= wholeFor || !k.partial() {
+				return
+			}
+			pause = time.Millisecond
+		}
 		if time.Since(began) > settleFor {
 			k.cfg.Log.Warn("some endpoints are not in the device yet; going on")
 			return
@@ -554,7 +570,7 @@ func (k *Keeper) settle(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-time.After(pause):
 		}
 	}
 }
@@ -574,29 +590,30 @@ func (k *Keeper) partial() bool {
 	return here > 0 && here < len(k.cfg.VIP)
 }
 
-// unshut replaces what shuts the port.
-func (k *Keeper) unshut(vips []netip.Addr) error {
-	if len(vips) == 0 {
-		// Once the gate itself is asked: a daemon that could not write has left no
-		// memory of it.
-		if k.cfg.Memory.gate() || !k.asked && k.gate.says() != "" {
-			if err := k.gate.remove(); err != nil {
-				return err
-			}
-		}
-		k.asked = true
-		if !k.cfg.Memory.gate() {
-			return nil
-		}
-		return k.cfg.Memory.noGate()
+// unshut replaces what shuts the port: in haste, and for good when it is called again.
+func (k *Keeper) unshut(vips []netip.Addr) (haste bool, err error) {
+	var says string
+	ours := k.cfg.Memory.gate()
+	if len(vips) > 0 || ours || !k.asked {
+		// Once the gate itself is asked: a daemon that could not write has left no memory of it.
+		says, k.asked = k.gate.says(), true
 	}
-	if time.Since(k.dumped) > dumpEvery {
+	if len(vips) > 0 && time.Since(k.dumped) > dumpEvery {
 		if _, err := k.dump(); err != nil {
-			return err
+			return false, err
 		}
 	}
-	if k.port == 0 || k.gate.says() == from(vips, k.port) {
-		return nil
+	if strings.HasPrefix(says, standby) && k.port != 0 && k.gate.open(vips, k.port) == nil {
+		return true, nil
 	}
-	return errors.Join(k.cfg.Memory.keepGate([]int{k.port}), k.gate.from(vips, k.port))
+	switch {
+	case len(vips) == 0 && (ours || says != ""):
+		if err := k.gate.remove(); err != nil {
+			return false, err
+		}
+		return false, k.cfg.Memory.noGate()
+	case len(vips) == 0 || k.port == 0 || says == from(vips, k.port):
+		return false, nil
+	}
+	return false, errors.Join(k.cfg.Memory.keepGate([]int{k.port}), k.gate.from(vips, k.port))
 }
