@@ -73,6 +73,18 @@ func (d *Desk) Role() (Role, Source, time.Time) {
 	return role, by, d.since
 }
 
+// Said returns what a source said last; empty if it has said nothing.
+func (d *Desk) Said(by Source) Role {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, s := range d.words.said() {
+		if s.by == by {
+			return *s.role
+		}
+	}
+	return ""
+}
+
 // Say gives a source's word; an empty role takes it back. The error wraps ErrFixed
 // if the configuration fixes the role, or says that the word is in memory only.
 func (d *Desk) Say(by Source, role Role) error {

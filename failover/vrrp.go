@@ -9,8 +9,11 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -59,21 +62,34 @@ const (
 	maxNotice = 1024
 )
 
-// ReadFIFO reads keepalived's vrrp_notify_fifo at path, which it makes if there is
-// none, and calls each for every notice, until ctx ends. Whatever becomes of the
-// file and of its writers, it goes on with the next; trouble is logged once.
+// FIFO is keepalived's vrrp_notify_fifo.
+type FIFO struct {
+	// Path is where it is. It is made if there is none.
+	Path string
+	// Each is called for every notice.
+	Each func(Notice)
+	Log  *slog.Logger
+
+	mu    sync.Mutex
+	err   error           // why it cannot be read
+	names map[string]bool // that keepalived has used
+}
+
+// maxNames is how many names of instances and groups are remembered.
+const maxNames = 64
+
+// Run reads the FIFO until ctx ends. Whatever becomes of the file and of its writers, it
+// goes on with the next; trouble is logged once.
 //
 // It must be the only reader.
-func ReadFIFO(ctx context.Context, path string, log *slog.Logger, each func(Notice)) {
-	last := ""
+func (f *FIFO) Run(ctx context.Context) {
 	for {
-		err := readFIFO(ctx, path, func() { last = "" }, each)
+		err := readFIFO(ctx, f.Path, func() { f.fails(nil) }, f.hear)
 		if ctx.Err() != nil {
 			return
 		}
-		if err != nil && err.Error() != last {
-			last = err.Error()
-			log.Error("cannot hear keepalived; trying again", "fifo", path, "err", err)
+		if err != nil {
+			f.fails(err)
 		}
 		select {
 		case <-ctx.Done():
@@ -81,6 +97,36 @@ func ReadFIFO(ctx context.Context, path string, log *slog.Logger, each func(Noti
 		case <-time.After(fifoLook):
 		}
 	}
+}
+
+func (f *FIFO) fails(err error) {
+	f.mu.Lock()
+	before := f.err
+	f.err = err
+	f.mu.Unlock()
+	if err != nil && (before == nil || err.Error() != before.Error()) {
+		f.Log.Error("cannot hear keepalived; trying again", "fifo", f.Path, "err", err)
+	}
+}
+
+func (f *FIFO) hear(n Notice) {
+	f.mu.Lock()
+	if f.names == nil {
+		f.names = make(map[string]bool)
+	}
+	if len(f.names) < maxNames {
+		f.names[n.Name] = true
+	}
+	f.mu.Unlock()
+	f.Each(n)
+}
+
+// Heard returns the names of instances and groups that keepalived has used, in order,
+// and why it cannot be heard at present; nil if it can.
+func (f *FIFO) Heard() (names []string, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Sorted(maps.Keys(f.names)), f.err
 }
 
 // readFIFO reads one FIFO until it is not at path any more, which is no error.

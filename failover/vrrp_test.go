@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -121,8 +122,8 @@ func say(t *testing.T, path string, lines ...string) {
 	}
 }
 
-// TestReadFIFO: no writer, many, pieces of lines, and a FIFO that is replaced.
-func TestReadFIFO(t *testing.T) {
+// TestFIFO: no writer, many, pieces of lines, and a FIFO that is replaced.
+func TestFIFO(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "fifo")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -132,11 +133,15 @@ func TestReadFIFO(t *testing.T) {
 	h := &heard{news: make(chan struct{}, 100)}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
-	go func() { defer close(done); ReadFIFO(ctx, path, log, h.add) }()
+	f := &FIFO{Path: path, Each: h.add, Log: log}
+	go func() { defer close(done); f.Run(ctx) }()
 	defer func() { cancel(); <-done }()
 
 	// What is there is somebody else's, until it is removed.
 	eventually(t, "the file is complained of", func() bool { return strings.Contains(out.String(), "not a FIFO") })
+	if names, err := f.Heard(); err == nil || len(names) > 0 {
+		t.Errorf("heard of %v, error %v", names, err)
+	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
@@ -157,6 +162,9 @@ func TestReadFIFO(t *testing.T) {
 	eventually(t, "a FIFO is made again", fifo)
 	say(t, path, "GROUP \"G\" FAULT 100\n")
 	h.await(t, Notice{"G", Standby})
+	if names, err := f.Heard(); err != nil || !slices.Equal(names, []string{"G", "VI_1"}) {
+		t.Errorf("heard of %v, error %v", names, err)
+	}
 	if n := strings.Count(out.String(), "level=ERROR"); n != 1 {
 		t.Errorf("one trouble was logged %d times:\n%s", n, out.String())
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/wgroam/wgroam/internal/control"
 	"github.com/wgroam/wgroam/internal/lab"
 )
 
@@ -204,6 +205,11 @@ func startElected(t testing.TB, l *lab.Lab) []*elected {
 			role = "active"
 		}
 		e.awaitRole(role, "vrrp")
+		if checks := e.check().Checks; !slices.ContainsFunc(checks, func(f control.Finding) bool {
+			return f.Check == "keepalived" && f.State == control.CheckOK && strings.Contains(f.Detail, role)
+		}) {
+			t.Errorf("check on %s: %+v, want what keepalived says", e.gw.Name, checks)
+		}
 	}
 	return all
 }

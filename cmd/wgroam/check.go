@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -165,6 +166,20 @@ func checkDevice(d control.DeviceStatus) []finding {
 	for _, a := range d.Alarms {
 		add("role", checkFail, a.Alarm+": "+a.Detail, a.Do)
 	}
+	if k := d.Keepalived; k != nil {
+		switch {
+		case k.Error != "":
+			add("keepalived", checkFail, "cannot be heard: "+k.FIFO+": "+k.Error, "mend that, or correct keepalived.fifo")
+		case k.Says != "":
+			add("keepalived", checkOK, fmt.Sprintf("%q is %s", k.Name, k.Says), "")
+		case len(k.Others) > 0:
+			add("keepalived", checkFail, fmt.Sprintf("speaks of %s, and not of %q", quoted(k.Others), k.Name),
+				"name the instance or group of keepalived.conf in vrrp")
+		default:
+			add("keepalived", checkWarn, fmt.Sprintf("has said nothing of %q", k.Name),
+				"start keepalived, with vrrp_notify_fifo "+k.FIFO+" and fifo_write_vrrp_states_on_reload, or reload it: see contrib/keepalived")
+		}
+	}
 	if d.State == control.StateMissing || d.State == control.StateWaiting {
 		add("device", checkFail, withReason(d.State, d.LastError), missingDevice)
 		return out
@@ -200,6 +215,14 @@ func checkDevice(d control.DeviceStatus) []finding {
 		out = append(out, f)
 	}
 	return out
+}
+
+func quoted(names []string) string {
+	var out []string
+	for _, n := range names {
+		out = append(out, strconv.Quote(n))
+	}
+	return strings.Join(out, ", ")
 }
 
 // skewWarn is the difference between two clocks that peers would notice after a

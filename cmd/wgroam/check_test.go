@@ -52,6 +52,18 @@ func TestCheckStatus(t *testing.T) {
 		"alone":             {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
 		"unheard":           {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
 		"disconnected":      {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
+		"keepalived": {func(d *control.DeviceStatus) {
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Others: []string{"VI_2"}}
+		}, "", ""},
+		"keepalived's FIFO": {func(d *control.DeviceStatus) {
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Error: "no FIFO"}
+		}, "keepalived", checkFail},
+		"keepalived's other instance": {func(d *control.DeviceStatus) {
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Others: []string{"VI_2"}}
+		}, "keepalived", checkFail},
+		"keepalived's silence": {func(d *control.DeviceStatus) {
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1"}
+		}, "keepalived", checkWarn},
 		"keys are rolled": {func(d *control.DeviceStatus) {
 			c := d.Feed.Connections[0]
 			c.Former, d.Feed.Connections[0].Connected = true, false

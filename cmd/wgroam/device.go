@@ -39,7 +39,8 @@ type daemon struct {
 	lag     lag
 	public  *events.Publisher // nil unless roams are published for other programs
 	devices []*device
-	serving chan struct{} // closed when there is a server
+	fifo    *failover.FIFO // not read without a path
+	serving chan struct{}  // closed when there is a server
 
 	mu        sync.Mutex
 	groups    map[string]claim // by group

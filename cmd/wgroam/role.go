@@ -311,6 +311,17 @@ func (d *device) roleStatus(out *control.DeviceStatus) {
 			Alarm: string(a.Alarm), Detail: a.Detail, Do: a.Alarm.Advice(), Since: a.Since,
 		})
 	}
+	if d.cfg.Role != config.RoleAuto || d.cfg.VRRP == "" {
+		return
+	}
+	names, err := d.d.fifo.Heard()
+	out.Keepalived = &control.Keepalived{
+		FIFO: d.d.fifo.Path, Name: d.cfg.VRRP, Says: string(d.desk.Said(failover.ByVRRP)),
+		Others: slices.DeleteFunc(names, func(n string) bool { return n == d.cfg.VRRP }),
+	}
+	if err != nil {
+		out.Keepalived.Error = err.Error()
+	}
 }
 
 func roleVerb(ctx context.Context, e env, args []string) error {

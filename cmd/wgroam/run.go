@@ -71,6 +71,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		groups:  make(map[string]claim),
 		serving: make(chan struct{}),
 	}
+	d.fifo = &failover.FIFO{Path: cfg.KeepalivedFIFO, Each: d.vrrp, Log: log}
 	if cfg.Events.Enabled {
 		d.public = events.New(events.Config{
 			Node: cfg.Node, NATS: feed.External(cfg.Events.External), Redact: cfg.Events.Redact, Log: log,
@@ -108,7 +109,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		g.Go(func() error { return d.serveMetrics(ctx, cfg.MetricsListen) })
 	}
 	if cfg.KeepalivedFIFO != "" {
-		g.Go(func() error { failover.ReadFIFO(ctx, cfg.KeepalivedFIFO, log, d.vrrp); return nil })
+		g.Go(func() error { d.fifo.Run(ctx); return nil })
 	}
 	for _, dev := range d.devices {
 		g.Go(func() error { dev.desk.Run(ctx); return nil })

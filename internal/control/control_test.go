@@ -55,10 +55,11 @@ func testStatus() Status {
 				Failover: Failover{"promoting", "no route", &Promotion{
 					time.Date(2026, 11, 23, 6, 0, 6, 0, time.UTC), time.Date(2026, 11, 23, 6, 0, 7, 0, time.UTC), 7, 6, 5, 4, 3, 2, 1,
 				}, "gw-b"},
-				Alarms:   []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
-				VIP:      []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
-				Group:    "5f1d",
-				Detector: Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"}, ClockBehindMS: 20000,
+				Keepalived: &Keepalived{"/run/wgroam/keepalived.fifo", "VI_1", "active", []string{"VI_2"}, "not a FIFO"},
+				Alarms:     []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
+				VIP:        []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
+				Group:      "5f1d",
+				Detector:   Detector{Rung: RungPolling, Reason: "no BTF <wireguard>"}, ClockBehindMS: 20000,
 				Events: 1, Lost: 2, Limited: 10, Resyncs: 3, SweepRepairs: 4, Peers: 5, Records: 6, Waiting: 7, Applied: 8, ApplyErrors: 9, Undone: 11,
 				LastError: "none & nothing",
 				Snapshot: Snapshot{
@@ -254,7 +255,7 @@ func TestGet(t *testing.T) {
 // TestEmpty: arrays and maps are never null.
 func TestEmpty(t *testing.T) {
 	h := Handler{
-		Status: func() Status { return Status{Devices: []DeviceStatus{{}}} },
+		Status: func() Status { return Status{Devices: []DeviceStatus{{Keepalived: &Keepalived{}}}} },
 		Peers:  func() []Peer { return nil },
 		Check:  func(context.Context) []Finding { return nil },
 		Events: NewHub(),

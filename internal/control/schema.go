@@ -54,13 +54,15 @@ type DeviceStatus struct {
 	// the daemon's own.
 	Netns string `json:"netns,omitempty"`
 	// NetnsInode is the inode number of the device's network namespace; 0 without a device.
-	NetnsInode uint32       `json:"netns_inode"`
-	Ifindex    int          `json:"ifindex"` // 0 without a device
-	State      string       `json:"state"`   // up, down, missing, waiting
-	Role       string       `json:"role"`    // active, standby, always; unknown for the first moment
-	RoleBy     string       `json:"role_by"` // who gives the role: config, verb, vrrp, vip, none
-	RoleSince  time.Time    `json:"role_since"`
-	Alarms     []RoleAlarm  `json:"alarms"`  // what is wrong with the roles; empty in health
+	NetnsInode uint32      `json:"netns_inode"`
+	Ifindex    int         `json:"ifindex"` // 0 without a device
+	State      string      `json:"state"`   // up, down, missing, waiting
+	Role       string      `json:"role"`    // active, standby, always; unknown for the first moment
+	RoleBy     string      `json:"role_by"` // who gives the role: config, verb, vrrp, vip, none
+	RoleSince  time.Time   `json:"role_since"`
+	Alarms     []RoleAlarm `json:"alarms"` // what is wrong with the roles; empty in health
+	// Keepalived is absent where it is no source of the role.
+	Keepalived *Keepalived  `json:"keepalived,omitempty"`
 	Standby    string       `json:"standby"` // down, silent
 	Failover   Failover     `json:"failover"`
 	VIP        []netip.Addr `json:"vip"`   // in the order of the configuration
@@ -94,6 +96,15 @@ type RoleAlarm struct {
 	Detail string    `json:"detail"` // for people
 	Do     string    `json:"do"`     // what to do about it
 	Since  time.Time `json:"since"`  // RFC 3339, UTC
+}
+
+// Keepalived is what a device hears of keepalived.
+type Keepalived struct {
+	FIFO   string   `json:"fifo"`   // where keepalived is heard
+	Name   string   `json:"name"`   // of the instance or group that the device follows
+	Says   string   `json:"says"`   // active, standby; empty before it has said anything
+	Others []string `json:"others"` // names of instances and groups that it has spoken of besides
+	Error  string   `json:"error"`  // why it cannot be heard; empty when it can
 }
 
 // Failover is what became of the role.
@@ -369,6 +380,11 @@ func (s Status) settle() Status {
 		d.VIP = append([]netip.Addr{}, d.VIP...)
 		d.RoleSince = d.RoleSince.UTC()
 		d.Alarms = append([]RoleAlarm{}, d.Alarms...)
+		if d.Keepalived != nil {
+			k := *d.Keepalived
+			k.Others = append([]string{}, k.Others...)
+			d.Keepalived = &k
+		}
 		for j := range d.Alarms {
 			d.Alarms[j].Since = d.Alarms[j].Since.UTC()
 		}
