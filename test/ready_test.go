@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/nftables"
@@ -114,6 +115,15 @@ func TestReady(t *testing.T) {
 	awaitEndpoint(t, h, c, c.Endpoint())
 	na.awaitReady()
 	nh.awaitReady()
+	var at sync.WaitGroup
+	for range 4 {
+		at.Go(func() {
+			if c := nh.check(); !c.Ready || slices.ContainsFunc(c.Checks, func(f control.Finding) bool { return f.Check == "peers" && f.State != control.CheckOK }) {
+				t.Errorf("one of several at once: %+v", c.Checks)
+			}
+		})
+	}
+	at.Wait()
 	capture := capturePackets(t, h)
 
 	about := func(t *testing.T, f control.Finding, peer wgtypes.Key, what string) {

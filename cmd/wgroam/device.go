@@ -140,6 +140,7 @@ type device struct {
 	found bool
 
 	probing sync.Mutex // held while the virtual IP is tried
+	asking  sync.Mutex // held while others are asked for their setups: they answer the newest question only
 
 	mu      sync.Mutex
 	current *session // nil while there is no such link

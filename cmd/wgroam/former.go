@@ -73,6 +73,11 @@ func (d *device) rekeyed(keys feed.Keys, now time.Time) []snapshot.Former {
 		if err != nil {
 			d.log.Error("not staying in the groups of former private keys, if there are any", "err", err)
 		}
+		for i := range former { // the clock was ahead, perhaps
+			if most := now.Add(formerFor); former[i].Until.After(most) {
+				former[i].Until = most
+			}
+		}
 		d.former = former
 	}
 	d.group, d.inForce = keys.Group(), keys

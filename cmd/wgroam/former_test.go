@@ -49,6 +49,9 @@ func TestRekeyed(t *testing.T) {
 		{3, 3*time.Hour + formerFor, []int{2}},    // the older one has had its time
 		{3, 4*time.Hour + formerFor, []int(nil)},  // both have
 		{3, 40*time.Hour + formerFor, []int(nil)}, // for good
+		{0, 9000 * time.Hour, []int{3}},           // rolled by a clock that is ahead
+		{0, 90 * time.Hour, []int{3}},             // and has been corrected
+		{0, 91*time.Hour + formerFor, []int(nil)},
 	} {
 		var got []int
 		for _, f := range d.rekeyed(keys[step.key], start.Add(step.after)) {

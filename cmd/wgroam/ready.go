@@ -190,11 +190,13 @@ func (r *rehearsal) drift(ctx context.Context, ours wgroam.Setups) {
 	nodes := slices.DeleteFunc(r.s.nodes(), func(n groupNode) bool { return n.former || n.State == applier.NodeStale })
 	diffs, errs := make([]wgroam.SetupDiff, len(nodes)), make([]error, len(nodes))
 	have := ours.Digests()
+	r.d.asking.Lock()
 	var asking sync.WaitGroup
 	for i, n := range nodes {
 		asking.Go(func() { diffs[i], errs[i] = r.s.feed.AskSetups(ctx, n.ID, &have) })
 	}
 	asking.Wait()
+	r.d.asking.Unlock()
 	for i, n := range nodes {
 		name := cmp.Or(n.Name, n.ID.String())
 		if errs[i] != nil {

@@ -24,7 +24,13 @@ func TestSetupOf(t *testing.T) {
 	}
 	a, b := network("10.1.0.0/16"), network("fd00::/64")
 	base := wgtypes.Peer{PublicKey: wgtypes.Key{1}, PresharedKey: wgtypes.Key{2}, AllowedIPs: []net.IPNet{a, b}}
+	mapped := func(last byte) net.IPNet {
+		return net.IPNet{IP: net.IPv4(192, 0, 2, last).To16(), Mask: net.CIDRMask(128, 128)}
+	}
 	mac := hmac.New(sha256.New, []byte("a group's key"))
+	if m, n := (wgtypes.Peer{AllowedIPs: []net.IPNet{mapped(1)}}), (wgtypes.Peer{AllowedIPs: []net.IPNet{mapped(2)}}); setupOf(mac, &m) == setupOf(mac, &n) {
+		t.Error("IPv4 addresses mapped to IPv6 are all the same")
+	}
 	want := setupOf(mac, &base)
 	if want.AllowedIPs == want.PresharedKey {
 		t.Error("two hashes are equal")

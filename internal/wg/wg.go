@@ -247,8 +247,11 @@ func setupOf(mac hash.Hash, p *wgtypes.Peer) wgroam.Setup {
 	allowed := make([]netip.Prefix, 0, len(p.AllowedIPs))
 	for _, n := range p.AllowedIPs {
 		addr, _ := netip.AddrFromSlice(n.IP)
-		bits, _ := n.Mask.Size()
-		allowed = append(allowed, netip.PrefixFrom(addr.Unmap(), bits))
+		bits, of := n.Mask.Size()
+		if of == 32 { // and not where IPv6 has IPv4 mapped
+			addr = addr.Unmap()
+		}
+		allowed = append(allowed, netip.PrefixFrom(addr, bits))
 	}
 	// The kernel has them in no order that means anything.
 	slices.SortFunc(allowed, netip.Prefix.Compare)
