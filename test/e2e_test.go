@@ -240,7 +240,7 @@ func TestLateAndRestarted(t *testing.T) {
 	}
 	same(t, l)
 
-	if took := late.stop(); took > time.Second {
+	if took := late.stop(); took > soon() {
 		t.Errorf("the daemon took %v to stop", took)
 	}
 	for i, c := range l.Clients {
@@ -271,6 +271,15 @@ func TestLateAndRestarted(t *testing.T) {
 	nodeA.awaitNodes(1)
 }
 
+// soon is how long wgroam may take to end. An emulated kernel needs 0.7 to 0.9 s by itself
+// to let go of the last hook.
+func soon() time.Duration {
+	if lab.InVM() {
+		return 3 * time.Second
+	}
+	return time.Second
+}
+
 // TestStop: SIGTERM ends the daemon within a second, and it takes its programs
 // with it.
 func TestStop(t *testing.T) {
@@ -281,8 +290,8 @@ func TestStop(t *testing.T) {
 		t.Errorf("wireguard has %d users with the hooks attached, %d without", moduleUsers(t, l), before)
 	}
 	for _, n := range nodes {
-		if took := n.stop(); took > time.Second {
-			t.Errorf("%s: took %v to stop", n.gw.Name, took)
+		if took := n.stop(); took > soon() {
+			t.Errorf("%s: took %v to stop, want %v at most", n.gw.Name, took, soon())
 		}
 		if n.err != nil {
 			t.Errorf("%s: %v", n.gw.Name, n.err)

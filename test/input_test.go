@@ -15,7 +15,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -326,12 +325,12 @@ func TestWatchDaemon(t *testing.T) {
 		}
 		old = ep
 	}
-	if took := w.stop(); took > time.Second || w.err != nil {
+	if took := w.stop(); took > soon() || w.err != nil {
 		t.Errorf("watch took %v to stop: %v", took, w.err)
 	}
 	alone := watch(t, a, "--socket", "/nonexistent")
 	alone.says("following endpoint changes")
-	if took := alone.stop(); took > time.Second || alone.err != nil {
+	if took := alone.stop(); took > soon() || alone.err != nil {
 		t.Errorf("watch took %v to stop: %v", took, alone.err)
 	}
 }
