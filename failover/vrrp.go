@@ -151,6 +151,9 @@ func readFIFO(ctx context.Context, path string, opened func(), each func(Notice)
 	if here.Mode().Type() != fs.ModeNamedPipe {
 		return errors.New("there is a file that is not a FIFO: remove it, or correct keepalived.fifo")
 	}
+	if here.Mode().Perm()&0o002 != 0 {
+		return fmt.Errorf("everybody may write to it (%v), and make this node active: remove it, or chmod o-w", here.Mode().Perm())
+	}
 	opened()
 	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()

@@ -5,6 +5,7 @@ package failover
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -160,13 +162,22 @@ func TestFIFO(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "a FIFO is made again", fifo)
+	// One that anybody can write to is not listened to, until it is mended.
+	if err := errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600), os.Chmod(path, 0o602)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the mode is complained of", func() bool { _, err := f.Heard(); return err != nil && strings.Contains(err.Error(), "chmod") })
+	if err := os.Chmod(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the FIFO is read", func() bool { _, err := f.Heard(); return err == nil })
 	say(t, path, "GROUP \"G\" FAULT 100\n")
 	h.await(t, Notice{"G", Standby})
 	if names, err := f.Heard(); err != nil || !slices.Equal(names, []string{"G", "VI_1"}) {
 		t.Errorf("heard of %v, error %v", names, err)
 	}
-	if n := strings.Count(out.String(), "level=ERROR"); n != 1 {
-		t.Errorf("one trouble was logged %d times:\n%s", n, out.String())
+	if n := strings.Count(out.String(), "level=ERROR"); n != 2 {
+		t.Errorf("two troubles were logged %d times:\n%s", n, out.String())
 	}
 }
 

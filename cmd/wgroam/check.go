@@ -170,14 +170,16 @@ func checkDevice(d control.DeviceStatus) []finding {
 		switch {
 		case k.Error != "":
 			add("keepalived", checkFail, "cannot be heard: "+k.FIFO+": "+k.Error, "mend that, or correct keepalived.fifo")
-		case k.Says != "":
-			add("keepalived", checkOK, fmt.Sprintf("%q is %s", k.Name, k.Says), "")
+		case k.Heard:
+			add("keepalived", checkOK, fmt.Sprintf("%q is %s", k.Name, cmp.Or(k.Says, "known")), "")
 		case len(k.Others) > 0:
 			add("keepalived", checkFail, fmt.Sprintf("speaks of %s, and not of %q", quoted(k.Others), k.Name),
 				"name the instance or group of keepalived.conf in vrrp")
+		case k.Says != "":
+			add("keepalived", checkOK, fmt.Sprintf("%q is %s, as was said before this daemon started", k.Name, k.Says), "")
 		default:
-			add("keepalived", checkWarn, fmt.Sprintf("has said nothing of %q", k.Name),
-				"start keepalived, with vrrp_notify_fifo "+k.FIFO+" and fifo_write_vrrp_states_on_reload, or reload it: see contrib/keepalived")
+			add("keepalived", checkWarn, fmt.Sprintf("has said nothing of %q since the daemon started", k.Name),
+				"start or reload keepalived, with vrrp_notify_fifo "+k.FIFO+" and fifo_write_vrrp_states_on_reload: see contrib/keepalived")
 		}
 	}
 	if d.State == control.StateMissing || d.State == control.StateWaiting {

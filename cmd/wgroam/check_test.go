@@ -53,13 +53,16 @@ func TestCheckStatus(t *testing.T) {
 		"unheard":           {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
 		"disconnected":      {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
 		"keepalived": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Others: []string{"VI_2"}}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Heard: true, Others: []string{"VI_2"}}
+		}, "", ""},
+		"keepalived before": {func(d *control.DeviceStatus) {
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active"}
 		}, "", ""},
 		"keepalived's FIFO": {func(d *control.DeviceStatus) {
 			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Error: "no FIFO"}
 		}, "keepalived", checkFail},
 		"keepalived's other instance": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Others: []string{"VI_2"}}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "standby", Others: []string{"VI_2"}}
 		}, "keepalived", checkFail},
 		"keepalived's silence": {func(d *control.DeviceStatus) {
 			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1"}

@@ -333,7 +333,7 @@ func checkFiles(dir string, about []finding) []finding {
 		}
 		out = append(out, finding{
 			Device: f.Device, Check: "save_config", State: checkFail,
-			Detail: path + " has SaveConfig = true: wg-quick down would write the quiet device of a standby into it, without keepalives",
+			Detail: path + " has SaveConfig = true: wg-quick down would write the quiet device of a standby into it, without keepalives, and without IPv6 addresses where the link is down",
 			Do:     "set SaveConfig = false",
 		})
 	}
@@ -347,7 +347,7 @@ func savesConfig(conf []byte) bool {
 		line, _, _ = bytes.Cut(line, []byte("#"))
 		key, value, _ := bytes.Cut(line, []byte("="))
 		if strings.EqualFold(string(bytes.TrimSpace(key)), "SaveConfig") {
-			saves = string(bytes.TrimSpace(value)) == "true"
+			saves = strings.EqualFold(string(bytes.TrimSpace(value)), "true")
 		}
 	}
 	return saves

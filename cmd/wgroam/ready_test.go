@@ -21,6 +21,7 @@ func TestCheckFiles(t *testing.T) {
 	for text, saves := range map[string]bool{
 		"[Interface]\nSaveConfig = true\n":  true,
 		"[Interface]\n saveconfig=true # x": true,
+		"[Interface]\nSaveConfig = True":    true,
 		"SaveConfig = false\n":              false,
 		"# SaveConfig = true\n":             false,
 		"SaveConfig = yes":                  false,

@@ -316,7 +316,7 @@ func (d *device) roleStatus(out *control.DeviceStatus) {
 	}
 	names, err := d.d.fifo.Heard()
 	out.Keepalived = &control.Keepalived{
-		FIFO: d.d.fifo.Path, Name: d.cfg.VRRP, Says: string(d.desk.Said(failover.ByVRRP)),
+		FIFO: d.d.fifo.Path, Name: d.cfg.VRRP, Says: string(d.desk.Said(failover.ByVRRP)), Heard: slices.Contains(names, d.cfg.VRRP),
 		Others: slices.DeleteFunc(names, func(n string) bool { return n == d.cfg.VRRP }),
 	}
 	if err != nil {

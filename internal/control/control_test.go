@@ -55,7 +55,7 @@ func testStatus() Status {
 				Failover: Failover{"promoting", "no route", &Promotion{
 					time.Date(2026, 11, 23, 6, 0, 6, 0, time.UTC), time.Date(2026, 11, 23, 6, 0, 7, 0, time.UTC), 7, 6, 5, 4, 3, 2, 1,
 				}, "gw-b"},
-				Keepalived: &Keepalived{"/run/wgroam/keepalived.fifo", "VI_1", "active", []string{"VI_2"}, "not a FIFO"},
+				Keepalived: &Keepalived{"/run/wgroam/keepalived.fifo", "VI_1", "active", true, []string{"VI_2"}, "not a FIFO"},
 				Alarms:     []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
 				VIP:        []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:      "5f1d",

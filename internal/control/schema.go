@@ -103,6 +103,7 @@ type Keepalived struct {
 	FIFO   string   `json:"fifo"`   // where keepalived is heard
 	Name   string   `json:"name"`   // of the instance or group that the device follows
 	Says   string   `json:"says"`   // active, standby; empty before it has said anything
+	Heard  bool     `json:"heard"`  // it has spoken of the name since the daemon started
 	Others []string `json:"others"` // names of instances and groups that it has spoken of besides
 	Error  string   `json:"error"`  // why it cannot be heard; empty when it can
 }
