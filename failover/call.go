@@ -30,6 +30,8 @@ const (
 	// that where Answered tells of the answers.
 	lookAgain  = 10 * time.Millisecond
 	lookSeldom = time.Second
+	// tellAgain is the least time between two words on the progress.
+	tellAgain = 250 * time.Millisecond
 )
 
 // Promotion is how far the calls of a promotion have come.
@@ -46,8 +48,22 @@ type Promotion struct {
 
 func (k *Keeper) begin(t *taken) {
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.status.State, k.status.Last = StatePromoting, Promotion{Began: t.Promoted}
+	k.status.State = StatePromoting
+	k.mu.Unlock()
+	k.told = time.Time{}
+	k.progress(func(p *Promotion) { *p = Promotion{Began: t.Promoted} })
+}
+
+// progress notes how far a promotion has come, and tells.
+func (k *Keeper) progress(note func(*Promotion)) {
+	k.mu.Lock()
+	note(&k.status.Last)
+	p := k.status.Last
+	k.mu.Unlock()
+	if now := time.Now(); !p.Ended.IsZero() || now.Sub(k.told) > tellAgain {
+		k.told = now
+		k.cfg.Progress(p)
+	}
 }
 
 // calls are those of a promotion.
@@ -99,9 +115,7 @@ func (k *Keeper) call(ctx context.Context, t *taken) error {
 		if err := k.keepalives(restore); err != nil {
 			return err
 		}
-		k.mu.Lock()
-		k.status.Last = p
-		k.mu.Unlock()
+		k.progress(func(last *Promotion) { *last = p })
 		over := len(c.todo) == 0
 		for key, at := range c.made {
 			over = over && (c.answered[key] || time.Since(at) > giveUpAfter)
@@ -147,10 +161,8 @@ func (k *Keeper) talk(ctx context.Context, c *calls, answers *wgroam.Changes, co
 			}
 			c.call(n)
 		}
-		k.mu.Lock()
-		k.status.Last.Called, k.status.Last.Answered = len(c.made), len(c.answered)
-		k.status.Acts = Active
-		k.mu.Unlock()
+		k.acts(Active)
+		k.progress(func(p *Promotion) { p.Called, p.Answered = len(c.made), len(c.answered) })
 		rest := pause - time.Since(began)
 		switch {
 		case told && len(c.todo) == 0 && c.open == 0, rest <= 0:
@@ -299,9 +311,7 @@ func (k *Keeper) finish(peers []wg.Peer, t *taken, p Promotion) error {
 		return err
 	}
 	p.Ended = time.Now()
-	k.mu.Lock()
-	k.status.Last = p
-	k.mu.Unlock()
+	k.progress(func(last *Promotion) { *last = p })
 	k.cfg.Log.Info("promoted", "peers", p.Peers, "called", p.Called, "answered", p.Answered, "silent", p.Silent, "unknown", p.Unknown,
 		"p50", p.P50.Round(time.Millisecond), "p99", p.P99.Round(time.Millisecond), "took", p.Ended.Sub(p.Began).Round(time.Millisecond))
 	return nil

@@ -115,10 +115,12 @@ func TestCall(t *testing.T) {
 		}
 		want.Called = count - want.Unknown
 		want.Answered = want.Called - want.Silent
+		var told []Promotion
 		k := NewKeeper(KeeperConfig{
 			Device: d, Log: slog.New(slog.DiscardHandler),
-			Told: func() bool { return false },
-			Seen: func(k wgroam.Key) time.Time { return seen[k] },
+			Told:     func() bool { return false },
+			Seen:     func(k wgroam.Key) time.Time { return seen[k] },
+			Progress: func(p Promotion) { told = append(told, p) },
 		})
 		if err := k.call(t.Context(), taken); err != nil {
 			t.Fatal(err)
@@ -126,6 +128,15 @@ func TestCall(t *testing.T) {
 		got := k.Status().Last
 		if got.P50 <= 0 || got.P99 < got.P50 || got.P99 > 3*time.Second {
 			t.Errorf("p50 %v, p99 %v", got.P50, got.P99)
+		}
+		// Calls that take six seconds are told of some twenty times, and of their end.
+		if n := len(told); n < 5 || n > 40 || told[n-1] != got {
+			t.Errorf("told %d times, in the end %+v", n, told[max(0, n-1):])
+		}
+		for i := range max(0, len(told)-1) {
+			if told[i].Called > told[i+1].Called || told[i].Answered > told[i+1].Answered || !told[i].Ended.IsZero() {
+				t.Errorf("told %+v, and then %+v", told[i], told[i+1])
+			}
 		}
 		if took := got.Ended.Sub(start); took < giveUpAfter || took > giveUpAfter+3*time.Second {
 			t.Errorf("it took %v", took)
@@ -167,8 +178,9 @@ func TestCallTold(t *testing.T) {
 		}
 		k := NewKeeper(KeeperConfig{
 			Device: d, Log: slog.New(slog.DiscardHandler),
-			Told: func() bool { return true },
-			Seen: func(k wgroam.Key) time.Time { return start.Add(-time.Duration(k[0]) - time.Duration(k[1])<<8) },
+			Progress: func(Promotion) {},
+			Told:     func() bool { return true },
+			Seen:     func(k wgroam.Key) time.Time { return start.Add(-time.Duration(k[0]) - time.Duration(k[1])<<8) },
 		})
 		d.told = k.Answered
 		k.kernel = true
@@ -219,7 +231,7 @@ func TestCallGoesOn(t *testing.T) {
 			p.Key = peerKey(i)
 			d.peers[p.Key] = p
 		}
-		k := NewKeeper(KeeperConfig{Device: d, Log: slog.New(slog.DiscardHandler), Told: func() bool { return false }, Seen: func(wgroam.Key) time.Time { return time.Time{} }})
+		k := NewKeeper(KeeperConfig{Device: d, Log: slog.New(slog.DiscardHandler), Told: func() bool { return false }, Seen: func(wgroam.Key) time.Time { return time.Time{} }, Progress: func(Promotion) {}})
 
 		// One that is ended early goes on later.
 		ctx, cancel := context.WithCancel(t.Context())

@@ -50,7 +50,10 @@ type KeeperConfig struct {
 	Seen func(wgroam.Key) time.Time
 	// Behind returns by how much this host's clock is behind the group's.
 	Behind func() time.Duration
-	Log    *slog.Logger
+	// Progress is called with how far a promotion has come: when it begins, when it has
+	// ended, and now and then. It must not wait.
+	Progress func(Promotion)
+	Log      *slog.Logger
 }
 
 // Keeper makes a device what the role asks for: one that nothing leaves and
@@ -72,6 +75,7 @@ type Keeper struct {
 	low    bool      // the standby's link was down at the last look
 	raised time.Time // when somebody set it up
 	known  []contact // of a standby, at the last dump
+	told   time.Time // when the progress was last told
 
 	answers atomic.Pointer[wgroam.Changes] // not taken yet; nil unless peers are being called
 

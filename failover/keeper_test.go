@@ -27,12 +27,13 @@ func testKeeper(t *testing.T, dir, mode string, d *fakeDevice) (*Keeper, *Desk) 
 	desk, _ := testDesk(t, dir, DeskConfig{})
 	return NewKeeper(KeeperConfig{
 		Device: d, Name: "one", Ifindex: link.Attrs().Index, Desk: desk, Memory: desk.cfg.Memory, Silent: mode == "silent",
-		VIP:     []netip.Addr{netip.MustParseAddr("192.0.2.1")},
-		Settled: func() bool { return true },
-		Told:    func() bool { return false },
-		Seen:    func(wgroam.Key) time.Time { return time.Time{} },
-		Behind:  func() time.Duration { return 0 },
-		Log:     desk.cfg.Log,
+		VIP:      []netip.Addr{netip.MustParseAddr("192.0.2.1")},
+		Settled:  func() bool { return true },
+		Told:     func() bool { return false },
+		Seen:     func(wgroam.Key) time.Time { return time.Time{} },
+		Behind:   func() time.Duration { return 0 },
+		Progress: func(Promotion) {},
+		Log:      desk.cfg.Log,
 	}), desk
 }
 

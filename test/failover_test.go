@@ -328,6 +328,8 @@ func TestFailover(t *testing.T) {
 
 			// What the gateway sends through the tunnel waits for nothing and goes nowhere.
 			active, standby, fromActive, fromStandby := na, nh, atA, atH
+			w := watch(t, h, "--socket", nh.socket)
+			w.says("watching through the daemon")
 			for round := range 3 {
 				began := time.Now()
 				if round == 0 {
@@ -354,6 +356,9 @@ func TestFailover(t *testing.T) {
 				f := standby.awaitState("open")
 				if f.Promotion == nil || f.Promotion.Answered != len(l.Clients) || f.Promotion.Silent != 0 || f.Promotion.Unknown != 0 {
 					t.Errorf("round %d: promotion %+v", round, f.Promotion)
+				}
+				if f.Promotion != nil && standby == nh {
+					w.awaitPromotion(*f.Promotion)
 				}
 				t.Logf("round %d: the clients reach the new active after %v; promotion %+v", round, out, f.Promotion)
 				fromStandby.fromVIP("after the promotion")

@@ -12,11 +12,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/control"
@@ -296,8 +299,9 @@ func (n *node) awaitNodes(count int) {
 // watcher is a running wgroam watch --json and what it has printed.
 type watcher struct {
 	*process
-	mu     sync.Mutex
-	events []control.Event
+	mu         sync.Mutex
+	events     []control.Event
+	promotions []control.Promotion
 }
 
 // watch starts wgroam watch on gw and waits until it watches.
@@ -315,14 +319,21 @@ func watch(t testing.TB, gw *lab.Gateway, args ...string) *watcher {
 		defer close(done)
 		defer r.Close()
 		for lines := bufio.NewScanner(r); lines.Scan(); {
-			var e control.Event
+			var l struct {
+				control.Event
+				Promotion *control.Promotion `json:"promotion"`
+			}
 			dec := json.NewDecoder(bytes.NewReader(lines.Bytes()))
 			dec.DisallowUnknownFields()
-			if err := dec.Decode(&e); err != nil {
+			if err := dec.Decode(&l); err != nil {
 				t.Errorf("watch printed %q: %v", lines.Text(), err)
 			}
 			watch.mu.Lock()
-			watch.events = append(watch.events, e)
+			if l.Promotion != nil {
+				watch.promotions = append(watch.promotions, *l.Promotion)
+			} else {
+				watch.events = append(watch.events, l.Event)
+			}
 			watch.mu.Unlock()
 		}
 	}()
@@ -334,6 +345,23 @@ func (w *watcher) seen() []control.Event {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return append([]control.Event(nil), w.events...)
+}
+
+// awaitPromotion waits until watch shows that a promotion has ended, and checks that it
+// has shown the beginning as well.
+func (w *watcher) awaitPromotion(want control.Promotion) {
+	w.t.Helper()
+	await(w.t, "watch shows the end of the promotion", func() (bool, string) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		n := len(w.promotions)
+		return n > 0 && cmp.Equal(w.promotions[n-1], want), fmt.Sprintf("%+v, want %+v", w.promotions, want)
+	})
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if first := (control.Promotion{Began: want.Began}); !slices.Contains(w.promotions, first) {
+		w.t.Errorf("watch shows %+v, want %+v first", w.promotions, first)
+	}
 }
 
 // find waits for the event that brought peer to ep, among those after the first

@@ -164,7 +164,10 @@ func (d *device) newKeeper(space *wg.Space, link wg.Link, client *wg.Client) *fa
 			return time.Time{}
 		},
 		Behind: d.behind,
-		Log:    d.log,
+		Progress: func(p failover.Promotion) {
+			d.d.events.Progress(control.Progress{Time: time.Now().UTC(), Device: d.cfg.Name, Netns: d.cfg.Netns, Promotion: promotion(p)})
+		},
+		Log: d.log,
 	})
 }
 
@@ -288,14 +291,15 @@ func (d *device) keeperStatus(out *control.Failover) {
 	if k.Err != nil {
 		out.Error = k.Err.Error()
 	}
-	if p := k.Last; !p.Began.IsZero() {
-		out.Promotion = &control.Promotion{
-			Began: p.Began.UTC(), Ended: p.Ended, Peers: p.Peers, Called: p.Called, Answered: p.Answered, Silent: p.Silent, Unknown: p.Unknown,
-			P50MS: p.P50.Milliseconds(), P99MS: p.P99.Milliseconds(),
-		}
-		if !p.Ended.IsZero() {
-			out.Promotion.Ended = p.Ended.UTC()
-		}
+	if p := promotion(k.Last); !p.Began.IsZero() {
+		out.Promotion = &p
+	}
+}
+
+func promotion(p failover.Promotion) control.Promotion {
+	return control.Promotion{
+		Began: p.Began.UTC(), Ended: p.Ended.UTC(), Peers: p.Peers, Called: p.Called, Answered: p.Answered, Silent: p.Silent, Unknown: p.Unknown,
+		P50MS: p.P50.Milliseconds(), P99MS: p.P99.Milliseconds(),
 	}
 }
 

@@ -251,12 +251,7 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 		fmt.Fprintf(w, "failover\t%s\n", withReason(d.Failover.State, d.Failover.Error))
 	}
 	if p := d.Failover.Promotion; p != nil {
-		ended := "going on"
-		if !p.Ended.IsZero() {
-			ended = "took " + p.Ended.Sub(p.Began).Round(time.Millisecond).String()
-		}
-		fmt.Fprintf(w, "  promotion\t%s ago, %s: %d of %d peers answered (p50 %d ms, p99 %d ms), %d silent, %d nobody knows where\n",
-			time.Since(p.Began).Round(time.Second), ended, p.Answered, p.Peers, p.P50MS, p.P99MS, p.Silent, p.Unknown)
+		fmt.Fprintf(w, "  promotion\t%s ago, %s\n", time.Since(p.Began).Round(time.Second), promotionLine(*p))
 	}
 	fmt.Fprintf(w, "detector\t%s\n", withReason(d.Detector.Rung, d.Detector.Reason))
 	fmt.Fprintf(w, "changes\t%d seen, %d held back, %d lost, %d resyncs, %d repaired by the sweep\n", d.Events, d.Limited, d.Lost, d.Resyncs, d.SweepRepairs)
@@ -294,6 +289,16 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 			fmt.Fprintf(w, "  refused\t%d (%s)\n", n, withReason(why, remedies[why]))
 		}
 	}
+}
+
+// promotionLine is a promotion for people.
+func promotionLine(p control.Promotion) string {
+	ended := "going on"
+	if !p.Ended.IsZero() {
+		ended = "took " + p.Ended.Sub(p.Began).Round(time.Millisecond).String()
+	}
+	return fmt.Sprintf("%s: %d of %d peers answered (p50 %d ms, p99 %d ms), %d called, %d silent, %d nobody knows where",
+		ended, p.Answered, p.Peers, p.P50MS, p.P99MS, p.Called, p.Silent, p.Unknown)
 }
 
 // remedies say what to do about refused frames, where something can be done.

@@ -26,8 +26,8 @@ const (
 	defaultSweep  = 5 * time.Minute
 )
 
-// watchVerb prints endpoint changes: those that the daemon sees, if there is one
-// and it follows what is meant, or else its own, with nothing else running.
+// watchVerb prints endpoint changes: those that the daemon sees, and its promotions, if
+// there is one and it follows what is meant, or else its own, with nothing else running.
 func watchVerb(ctx context.Context, e env, args []string) error {
 	fs, parse := flags(e, "watch")
 	device := fs.String("device", "", "only this device (default all of the daemon, or without one all of this network namespace)")
@@ -49,13 +49,13 @@ func watchVerb(ctx context.Context, e env, args []string) error {
 // whether the daemon follows it or not, before those that the daemon follows in
 // others. The status names a namespace as the daemon's configuration does, so
 // its inode is compared.
-func throughDaemon(ctx context.Context, socket, device string) (meant func(control.Event) bool) {
+func throughDaemon(ctx context.Context, socket, device string) (meant func(device, netns string) bool) {
 	var status control.Status
 	if err := control.Get(ctx, socket, control.VerbStatus, &status); err != nil {
 		return nil
 	}
 	if device == "" {
-		return func(control.Event) bool { return true }
+		return func(string, string) bool { return true }
 	}
 	here, err := wg.Netns()
 	if err != nil {
@@ -66,29 +66,30 @@ func throughDaemon(ctx context.Context, socket, device string) (meant func(contr
 
 // choose is throughDaemon for the devices that the daemon follows. exists tells
 // whether there is a link of that name here.
-func choose(devices []control.DeviceStatus, name string, here uint32, exists func() bool) (meant func(control.Event) bool) {
+func choose(devices []control.DeviceStatus, name string, here uint32, exists func() bool) (meant func(device, netns string) bool) {
 	elsewhere := false
 	for _, d := range devices {
 		if d.Name != name {
 			continue
 		}
 		if d.NetnsInode == here {
-			return func(e control.Event) bool { return e.Device == name && e.Netns == d.Netns }
+			return func(device, netns string) bool { return device == name && netns == d.Netns }
 		}
 		elsewhere = true
 	}
 	if !elsewhere || exists() {
 		return nil
 	}
-	return func(e control.Event) bool { return e.Device == name }
+	return func(device, _ string) bool { return device == name }
 }
 
-func watchDaemon(socket string, meant func(control.Event) bool) func(context.Context, env, string, *eventPrinter) error {
+func watchDaemon(socket string, meant func(device, netns string) bool) func(context.Context, env, string, *eventPrinter) error {
 	return func(ctx context.Context, e env, _ string, out *eventPrinter) error {
-		err := control.Stream(ctx, socket, control.VerbWatch, func(line json.RawMessage) error {
+		err := control.Watch(ctx, socket, true, func(line json.RawMessage) error {
 			var l struct {
 				control.Event
-				Missed *uint64 `json:"missed"`
+				Promotion *control.Promotion `json:"promotion"`
+				Missed    *uint64            `json:"missed"`
 			}
 			if err := json.Unmarshal(line, &l); err != nil {
 				return err
@@ -99,15 +100,19 @@ func watchDaemon(socket string, meant func(control.Event) bool) func(context.Con
 				e.log.Info("watching through the daemon", "socket", socket)
 				return nil
 			default:
-				e.log.Warn("events left out because this reader was too slow", "events", *l.Missed)
+				e.log.Warn("lines left out because this reader was too slow", "lines", *l.Missed)
 				return nil
 			}
-			if !meant(l.Event) {
+			if !meant(l.Device, l.Netns) {
 				return nil
+			}
+			var shown any = l.Event
+			if l.Promotion != nil {
+				shown = control.Progress{Time: l.Time, Device: l.Device, Netns: l.Netns, Promotion: *l.Promotion}
 			}
 			// Waiting here makes the daemon count what this reader misses.
 			select {
-			case out.queue <- l.Event:
+			case out.queue <- shown:
 				return nil
 			case err := <-out.failed:
 				return err
@@ -221,10 +226,10 @@ func watchAll(ctx context.Context, e env, client *wg.Client, g *errgroup.Group,
 	})
 }
 
-// eventPrinter prints events for people or programs. It has a goroutine of its
+// eventPrinter prints the lines of watch for people or programs. It has a goroutine of its
 // own, because whoever reads the output may be slow, or stuck.
 type eventPrinter struct {
-	queue  chan control.Event
+	queue  chan any   // a control.Event or a control.Progress each
 	failed chan error // gets the error that ended the printing
 	done   chan struct{}
 }
@@ -234,14 +239,14 @@ const lastWords = 500 * time.Millisecond
 
 func newEventPrinter(w io.Writer, asJSON bool) *eventPrinter {
 	p := &eventPrinter{
-		queue:  make(chan control.Event, 1024),
+		queue:  make(chan any, 1024),
 		failed: make(chan error, 2), // of the printer, and of whoever lists devices
 		done:   make(chan struct{}),
 	}
 	go func() {
 		defer close(p.done)
-		for e := range p.queue {
-			if err := printEvent(w, e, asJSON); err != nil {
+		for line := range p.queue {
+			if err := printLine(w, line, asJSON); err != nil {
 				p.failed <- err
 				return
 			}
@@ -266,14 +271,22 @@ func (p *eventPrinter) close() error {
 	}
 }
 
-func printEvent(w io.Writer, e control.Event, asJSON bool) error {
+func printLine(w io.Writer, line any, asJSON bool) error {
 	if asJSON {
-		return json.NewEncoder(w).Encode(e)
+		return json.NewEncoder(w).Encode(line)
 	}
-	_, err := fmt.Fprintf(w, "%s  %s  %s  %s -> %s  %s  %.1f ms\n",
-		e.Time.Local().Format("15:04:05.000"), where(e.Device, e.Netns), e.Peer, orNone(e.Old), orNone(e.New), e.Cause, float64(e.LatencyUS)/1000)
+	var err error
+	switch l := line.(type) {
+	case control.Event:
+		_, err = fmt.Fprintf(w, "%s  %s  %s  %s -> %s  %s  %.1f ms\n",
+			onClock(l.Time), where(l.Device, l.Netns), l.Peer, orNone(l.Old), orNone(l.New), l.Cause, float64(l.LatencyUS)/1000)
+	case control.Progress:
+		_, err = fmt.Fprintf(w, "%s  %s  %s\n", onClock(l.Time), where(l.Device, l.Netns), "promotion "+promotionLine(l.Promotion))
+	}
 	return err
 }
+
+func onClock(t time.Time) string { return t.Local().Format("15:04:05.000") }
 
 func orNone(ep netip.AddrPort) string {
 	if !ep.IsValid() {

@@ -34,14 +34,22 @@ func TestEventPrinter(t *testing.T) {
 		t.Errorf("got  %swant %s", &out, want)
 	}
 
-	out.Reset()
-	p = newEventPrinter(&out, false)
-	p.queue <- event
-	if err := p.close(); err != nil {
-		t.Error(err)
-	}
-	if want := "  none -> [2001:db8::1]:51820  data  1.5 ms\n"; !strings.HasSuffix(out.String(), want) {
-		t.Errorf("got %q, want the end %q", &out, want)
+	began := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for want, line := range map[string]any{
+		"  none -> [2001:db8::1]:51820  data  1.5 ms\n": event,
+		"  wg0@blue  promotion going on: 3 of 9 peers answered (p50 0 ms, p99 0 ms), 4 called, 0 silent, 0 nobody knows where\n": control.Progress{
+			Time: began, Device: "wg0", Netns: "blue", Promotion: control.Promotion{Began: began, Peers: 9, Called: 4, Answered: 3},
+		},
+	} {
+		out.Reset()
+		p = newEventPrinter(&out, false)
+		p.queue <- line
+		if err := p.close(); err != nil {
+			t.Error(err)
+		}
+		if !strings.HasSuffix(out.String(), want) {
+			t.Errorf("got %q, want the end %q", &out, want)
+		}
 	}
 }
 
@@ -72,10 +80,10 @@ func TestChoose(t *testing.T) {
 			if meant := choose(c.devices, "wg0", here, func() bool { return c.exists }); meant != nil {
 				var where []string
 				for _, netns := range []string{"", "blue", "green", "red"} {
-					if meant(control.Event{Device: "wg0", Netns: netns}) {
+					if meant("wg0", netns) {
 						where = append(where, cmp.Or(netns, "."))
 					}
-					if meant(control.Event{Device: "wg1", Netns: netns}) {
+					if meant("wg1", netns) {
 						t.Errorf("wg1 in %q is meant", netns)
 					}
 				}

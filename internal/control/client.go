@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoDaemon is what Get and Stream wrap when nobody listens on the socket.
+// ErrNoDaemon is what Get and Watch wrap when nobody listens on the socket.
 var ErrNoDaemon = errors.New("no daemon answers")
 
 // Get asks the daemon on the socket at path and decodes the one document of
@@ -39,7 +39,7 @@ func SetRole(ctx context.Context, path, device, role string, out any) error {
 
 // Handover hands the role of a device over to a node, each empty where there is only
 // one, and calls each with every step of it, which is a HandoverStep. The last one is
-// HandoverDone or HandoverFailed. Errors are as of Stream, but for the end.
+// HandoverDone or HandoverFailed. Errors are as of Watch, but for the end.
 func Handover(ctx context.Context, path, device, to string, each func(json.RawMessage) error) error {
 	return ask(ctx, path, request{Verb: VerbHandover, Device: device, To: to}, func(r *bufio.Reader) error {
 		for {
@@ -76,13 +76,13 @@ func get(ctx context.Context, path string, req request, out any) error {
 	})
 }
 
-// Stream asks the daemon on the socket at path and calls each with every line
-// of its answer: for VerbWatch an Event or a Missed. The bytes are each's to
-// keep. Stream returns the error that each returned, unwrapped, or one that
+// Watch asks the daemon on the socket at path for events, and promotions, if they are
+// wanted, and calls each with every line of its answer: an Event, a Progress or a
+// Missed. The bytes are each's to keep. Watch returns the error that each returned, unwrapped, or one that
 // wraps io.EOF when the daemon has ended, or one as of Get; never nil.
-func Stream(ctx context.Context, path, verb string, each func(json.RawMessage) error) error {
+func Watch(ctx context.Context, path string, promotions bool, each func(json.RawMessage) error) error {
 	var stopped error
-	err := ask(ctx, path, request{Verb: verb}, func(r *bufio.Reader) error {
+	err := ask(ctx, path, request{Verb: VerbWatch, Promotions: promotions}, func(r *bufio.Reader) error {
 		for {
 			line, err := r.ReadBytes('\n')
 			if err != nil {

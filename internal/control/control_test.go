@@ -362,7 +362,7 @@ func TestWatch(t *testing.T) {
 
 	enough := errors.New("enough")
 	var ports []uint16
-	err := Stream(t.Context(), path, VerbWatch, func(raw json.RawMessage) error {
+	err := Watch(t.Context(), path, false, func(raw json.RawMessage) error {
 		var l line
 		if err := json.Unmarshal(raw, &l); err != nil {
 			return err
@@ -383,12 +383,43 @@ func TestWatch(t *testing.T) {
 		return nil
 	})
 	if err != enough { //nolint:errorlint // It comes unwrapped.
-		t.Errorf("Stream: %v", err)
+		t.Errorf("Watch: %v", err)
 	}
 	if diff := cmp.Diff([]uint16{2, 3, 4}, ports); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	waitFor(t, "the server to forget the client", func() bool { return h.Events.len() == 0 })
+}
+
+// TestWatchPromotions: a client that has not asked for promotions hears of none.
+func TestWatchPromotions(t *testing.T) {
+	h := handler()
+	path := serve(t, h)
+	progress := Progress{Time: testEvent(1).Time, Device: "wg0", Promotion: Promotion{Began: testEvent(1).Time, Peers: 3, Called: 2}}
+	for wanted, want := range map[bool][]any{false: {testEvent(2)}, true: {progress, testEvent(2)}} {
+		enough := errors.New("enough")
+		var got []string
+		err := Watch(t.Context(), path, wanted, func(raw json.RawMessage) error {
+			if string(raw) == `{"missed":0}` {
+				h.Events.Progress(progress)
+				h.Events.Publish(testEvent(2))
+				return nil
+			}
+			if got = append(got, string(raw)); len(got) == len(want) {
+				return enough
+			}
+			return nil
+		})
+		if err != enough { //nolint:errorlint // It comes unwrapped.
+			t.Errorf("Watch: %v", err)
+		}
+		for i, line := range want {
+			if b, err := json.Marshal(line); err != nil || string(b) != got[i] {
+				t.Errorf("promotions %v, line %d: got %s, want %s (%v)", wanted, i, got[i], b, err)
+			}
+		}
+		waitFor(t, "the server to forget the client", func() bool { return h.Events.len() == 0 })
+	}
 }
 
 func (h *Hub) len() int {
@@ -473,7 +504,7 @@ func TestWatchConcurrently(t *testing.T) {
 	for range 4 {
 		clients.Go(func() {
 			n := uint64(0)
-			err := Stream(ctx, path, VerbWatch, func(raw json.RawMessage) error {
+			err := Watch(ctx, path, false, func(raw json.RawMessage) error {
 				var l line
 				if err := json.Unmarshal(raw, &l); err != nil {
 					return err
@@ -574,8 +605,7 @@ func TestClientErrors(t *testing.T) {
 	if want := `the daemon on ` + path + `, verb roles: this daemon does not know the verb "roles"`; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
-	err = Stream(t.Context(), path, "roles", func(json.RawMessage) error { return nil })
-	if err == nil || !strings.Contains(err.Error(), `does not know the verb "roles"`) {
+	if err := get(t.Context(), path, request{Verb: VerbStatus, Promotions: true}, &out); err == nil || !strings.Contains(err.Error(), "does not take promotions") {
 		t.Errorf("got %v", err)
 	}
 
@@ -591,9 +621,9 @@ func TestClientErrors(t *testing.T) {
 	}
 
 	ctx, cancel := context.WithCancel(t.Context())
-	err = Stream(ctx, path, VerbWatch, func(json.RawMessage) error { cancel(); return nil })
+	err = Watch(ctx, path, false, func(json.RawMessage) error { cancel(); return nil })
 	if !errors.Is(err, context.Canceled) {
-		t.Errorf("Stream after cancel: %v", err)
+		t.Errorf("Watch after cancel: %v", err)
 	}
 	if err := Get(ctx, path, VerbStatus, &out); !errors.Is(err, context.Canceled) {
 		t.Errorf("Get after cancel: %v", err)
@@ -680,12 +710,12 @@ func TestListen(t *testing.T) {
 	h := make(chan error)
 	watching := make(chan struct{})
 	go func() {
-		h <- Stream(t.Context(), path, VerbWatch, func(json.RawMessage) error { close(watching); return nil })
+		h <- Watch(t.Context(), path, false, func(json.RawMessage) error { close(watching); return nil })
 	}()
 	<-watching
 	stop()
 	if err := <-h; !errors.Is(err, io.EOF) || !strings.Contains(err.Error(), "the daemon on "+path+" has ended") {
-		t.Errorf("Stream ends with %v", err)
+		t.Errorf("Watch ends with %v", err)
 	}
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket is still there: %v", err)

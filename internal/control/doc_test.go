@@ -27,7 +27,10 @@ func TestDocumented(t *testing.T) {
 	}{
 		{"status", reflect.TypeFor[Status]()},
 		{"peers", reflect.TypeFor[Peers]()},
-		{"watch", reflect.TypeFor[Event]()},
+		{"watch", reflect.TypeFor[struct {
+			Event
+			Promotion Promotion `json:"promotion"`
+		}]()},
 		{"check", reflect.TypeFor[Check]()},
 		{"handover", reflect.TypeFor[HandoverStep]()},
 	} {

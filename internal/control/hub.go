@@ -8,7 +8,7 @@ import "sync"
 // further behind is told how many it has missed.
 const queued = 1024
 
-// Hub hands events to the watch clients. Publish never waits for any of them.
+// Hub hands events, and the progress of promotions, to the watch clients. Publish never waits for any of them.
 //
 // A Hub is safe for concurrent use.
 type Hub struct {
@@ -20,17 +20,25 @@ type Hub struct {
 func NewHub() *Hub { return &Hub{readers: make(map[*reader]struct{})} }
 
 // Publish hands e to all clients that watch now.
-func (h *Hub) Publish(e Event) {
+func (h *Hub) Publish(e Event) { h.publish(e, func(*reader) bool { return true }) }
+
+// Progress hands p to the clients that have asked for promotions as well.
+func (h *Hub) Progress(p Progress) { h.publish(p, func(r *reader) bool { return r.promotions }) }
+
+func (h *Hub) publish(line any, to func(*reader) bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for r := range h.readers {
-		r.add(e)
+		if to(r) {
+			r.add(line)
+		}
 	}
 }
 
-// subscribe returns a reader of all events from now on, until unsubscribe.
-func (h *Hub) subscribe() *reader {
-	r := &reader{ready: make(chan struct{}, 1)}
+// subscribe returns a reader of all events from now on, until unsubscribe, and of
+// promotions, if it is to hear of them.
+func (h *Hub) subscribe(promotions bool) *reader {
+	r := &reader{ready: make(chan struct{}, 1), promotions: promotions}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.readers[r] = struct{}{}
@@ -45,18 +53,19 @@ func (h *Hub) unsubscribe(r *reader) {
 
 // reader is the queue of one client.
 type reader struct {
-	ready chan struct{} // delivers when there is something to take
+	ready      chan struct{} // delivers when there is something to take
+	promotions bool
 
 	mu     sync.Mutex
-	events []Event
+	lines  []any // an Event or a Progress each
 	missed uint64
 }
 
-func (r *reader) add(e Event) {
+func (r *reader) add(line any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.events) < queued {
-		r.events = append(r.events, e)
+	if len(r.lines) < queued {
+		r.lines = append(r.lines, line)
 	} else {
 		r.missed++
 	}
@@ -66,12 +75,12 @@ func (r *reader) add(e Event) {
 	}
 }
 
-// take empties the queue. The missed events came after the returned ones, and
+// take empties the queue. The missed lines came after the returned ones, and
 // before all that take will return later.
-func (r *reader) take() (events []Event, missed uint64) {
+func (r *reader) take() (lines []any, missed uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	events, missed = r.events, r.missed
-	r.events, r.missed = nil, 0
-	return events, missed
+	lines, missed = r.lines, r.missed
+	r.lines, r.missed = nil, 0
+	return lines, missed
 }

@@ -339,6 +339,15 @@ func NewEvent(device string, o wgroam.Observation, seen time.Time) Event {
 	}
 }
 
+// Progress is a line of watch, too: how far a promotion has come. There is one when it
+// begins, one when it has ended, and some in between.
+type Progress struct {
+	Time      time.Time `json:"time"` // RFC 3339 with nanoseconds, UTC
+	Device    string    `json:"device"`
+	Netns     string    `json:"netns,omitempty"` // as DeviceStatus.Netns
+	Promotion Promotion `json:"promotion"`
+}
+
 // The values of HandoverStep.Step.
 const (
 	HandoverAsked  = "asked"  // this node has asked the active for its role

@@ -10,7 +10,7 @@
 // the Status after that; the role auto takes the word back. The answer to
 // {"verb":"handover"}, which may name a device, and with "to" a node, is a line per
 // HandoverStep; the last one is done or failed. The answer to watch is a line per Event until either side
-// closes; a Missed stands where the client was too slow, and a Missed of 0
+// closes, and with "promotions":true one per Progress as well; a Missed stands where the client was too slow, and a Missed of 0
 // comes first, to say that the client hears of everything from then on. An
 // answer {"error":"..."} says why there is no other.
 //
@@ -228,6 +228,8 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 	switch {
 	case err != nil:
 		_ = encode(c, failure{err.Error()})
+	case req.Verb != VerbWatch && req.Promotions:
+		_ = encode(c, failure{fmt.Sprintf("the verb %q does not take promotions", req.Verb)})
 	case req.Verb != VerbHandover && req.To != "":
 		_ = encode(c, failure{fmt.Sprintf("the verb %q does not take to", req.Verb)})
 	case req.Verb == VerbHandover && req.Role == "":
@@ -251,7 +253,7 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 		// A client may stop reading for as long as it likes (a pager does):
 		// its queue is bounded, and nobody waits for it.
 		_ = c.SetDeadline(time.Time{})
-		s.watch(ctx, c)
+		s.watch(ctx, c, req.Promotions)
 	default:
 		_ = encode(c, failure{fmt.Sprintf("this daemon does not know the verb %q", req.Verb)})
 	}
@@ -262,6 +264,8 @@ type request struct {
 	Role   string `json:"role,omitempty"`
 	Device string `json:"device,omitempty"`
 	To     string `json:"to,omitempty"`
+	// Promotions: a client that knows nothing but events takes no other lines.
+	Promotions bool `json:"promotions,omitempty"`
 }
 
 type failure struct {
@@ -316,8 +320,8 @@ func (s *Server) handover(ctx context.Context, c net.Conn, req request) {
 	ended = true
 }
 
-func (s *Server) watch(ctx context.Context, c net.Conn) {
-	r := s.handler.Events.subscribe()
+func (s *Server) watch(ctx context.Context, c net.Conn, promotions bool) {
+	r := s.handler.Events.subscribe(promotions)
 	defer s.handler.Events.unsubscribe(r)
 
 	// The client has nothing more to say: whatever comes, its end or words, is
@@ -346,9 +350,9 @@ func (s *Server) watch(ctx context.Context, c net.Conn) {
 			return
 		case <-r.ready:
 		}
-		events, missed := r.take()
-		for _, e := range events {
-			if encode(w, e) != nil {
+		lines, missed := r.take()
+		for _, line := range lines {
+			if encode(w, line) != nil {
 				return
 			}
 		}

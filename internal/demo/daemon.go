@@ -173,7 +173,7 @@ func (s *show) follow(ctx context.Context, d *daemon) error {
 	ready := make(chan struct{})
 	s.wg.Go(func() {
 		first := true
-		err := control.Stream(ctx, d.socket, control.VerbWatch, func(line json.RawMessage) error {
+		err := control.Watch(ctx, d.socket, false, func(line json.RawMessage) error {
 			if first {
 				// The daemon says that it is listening.
 				first = false
