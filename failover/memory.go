@@ -24,6 +24,9 @@ import (
 // daemon. It counts for one boot of the host: what was said before is not known to
 // be true any more, and what was taken from the device is gone.
 //
+// So only the ports, which count for the next boot, are waited for until the disk has
+// them; the rest gets there later. A promotion has no time for a disk.
+//
 // A Memory is safe for concurrent use.
 type Memory struct {
 	path string
@@ -32,6 +35,8 @@ type Memory struct {
 	mu        sync.Mutex
 	data      memory
 	unwritten bool // data is not what is in the file, which could not be written
+	unsynced  bool // the disk may not have the file yet
+	syncing   bool // it is getting it
 }
 
 // memory is the contents of the file.
@@ -206,18 +211,39 @@ func (m *Memory) keepGate(ports []int) error {
 	if m.data.Gate && slices.Equal(m.data.Ports, ports) && !m.unwritten {
 		return nil
 	}
+	same := slices.Equal(m.data.Ports, ports)
 	m.data.Gate, m.data.Ports = true, ports
-	return m.write()
+	if err := m.write(); err != nil || same {
+		return err
+	}
+	if err := snapshot.Sync(m.path); err != nil {
+		m.unwritten = true // what became of it is not known
+		return fmt.Errorf("make state.dir writable, and room there: %w", err)
+	}
+	m.unsynced = false
+	return nil
 }
 
-// flush writes what could not be written.
+// flush writes what could not be written, and has the disk get it, without waiting.
 func (m *Memory) flush() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.unwritten {
+	if m.unwritten {
+		if err := m.write(); err != nil {
+			return err
+		}
+	}
+	if !m.unsynced || m.syncing {
 		return nil
 	}
-	return m.write()
+	m.unsynced, m.syncing = false, true
+	go func() {
+		err := snapshot.Sync(m.path)
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.syncing, m.unsynced = false, m.unsynced || err != nil
+	}()
+	return nil
 }
 
 // remove deletes the file.
@@ -230,7 +256,7 @@ func (m *Memory) remove() error {
 	return nil
 }
 
-// write writes the file. m.mu is held.
+// write writes the file, which outlives the daemon then. m.mu is held.
 func (m *Memory) write() error {
 	m.unwritten = true
 	if m.boot == "" {
@@ -238,11 +264,11 @@ func (m *Memory) write() error {
 	}
 	data, err := json.Marshal(m.data)
 	if err == nil {
-		err = snapshot.Replace(m.path, data)
+		err = snapshot.Put(m.path, data)
 	}
 	if err != nil {
 		return fmt.Errorf("make state.dir writable, and room there: %w", err)
 	}
-	m.unwritten = false
+	m.unwritten, m.unsynced = false, true
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -112,6 +113,43 @@ func TestMemoryPorts(t *testing.T) {
 	}
 	if m.data.Words.Verb != "" || m.data.Taken != nil {
 		t.Errorf("another boot's memory: %+v", m.data)
+	}
+}
+
+// TestMemorySync: a port is on the disk when it is shut; the rest gets there without
+// anybody waiting.
+func TestMemorySync(t *testing.T) {
+	m, err := OpenMemory(t.TempDir(), "wg0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unsynced := func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.unsynced || m.syncing
+	}
+	if err := m.keepGate([]int{51820}); err != nil || unsynced() {
+		t.Errorf("a port: error %v, unsynced %v", err, unsynced())
+	}
+	if err := errors.Join(m.keepTaken(&taken{}), m.noGate(), m.keepGate([]int{51820})); err != nil || !unsynced() {
+		t.Errorf("the rest: error %v, unsynced %v", err, unsynced())
+	}
+	if err := m.flush(); err != nil {
+		t.Error(err)
+	}
+	for end := time.Now().Add(30 * time.Second); unsynced(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not get to the disk")
+		}
+	}
+	if err := os.Remove(m.path); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.keepGate([]int{51821}); err != nil {
+		t.Error(err)
+	}
+	if m, err := OpenMemory(filepath.Dir(m.path), "wg0"); err != nil || !slices.Equal(m.ports(), []int{51821}) || m.data.Taken == nil {
+		t.Errorf("the file has %+v, error %v", m.data, err)
 	}
 }
 

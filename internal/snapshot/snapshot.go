@@ -243,10 +243,31 @@ func (f *File) write() {
 }
 
 // Replace puts data in the place of a file, whatever happens meanwhile: after a
-// crash there is the old file or the new one.
+// crash, of the host even, there is the old file or the new one.
 func Replace(path string, data []byte) error {
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := put(path, data, (*os.File).Sync); err != nil {
+		return err
+	}
+	return syncDir(path)
+}
+
+// Put is Replace without waiting for the disk: after a crash of the process there is the
+// old file or the new one, and after one of the host also neither, until Sync.
+func Put(path string, data []byte) error {
+	return put(path, data, func(*os.File) error { return nil })
+}
+
+// Sync makes what has been Put last.
+func Sync(path string) error {
+	w, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(w.Sync(), w.Close(), syncDir(path))
+}
+
+func put(path string, data []byte, finish func(*os.File) error) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
 	// One name, so that a crash leaves one file at most. A file has one writer.
@@ -257,7 +278,7 @@ func Replace(path string, data []byte) error {
 	}
 	_, err = w.Write(data)
 	if err == nil {
-		err = w.Sync()
+		err = finish(w)
 	}
 	if err = errors.Join(err, w.Close()); err == nil {
 		err = os.Rename(temp, path)
@@ -265,10 +286,13 @@ func Replace(path string, data []byte) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(temp))
 	}
-	d, err := os.Open(dir)
+	return nil
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	return d.Sync()
+	return errors.Join(d.Sync(), d.Close())
 }
