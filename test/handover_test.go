@@ -215,7 +215,10 @@ func TestHandover(t *testing.T) {
 				ups, downs = append(ups, up), append(downs, down)
 				standby.awaitRole("active", "vip")
 				active.awaitRole("standby", "vip")
-				standby.awaitState("open")
+				// Who is called where it was before it roamed is called again 5 s later.
+				if p := standby.awaitState("open").Promotion; p == nil || p.Answered != 1 || p.P99MS >= 5000 {
+					t.Errorf("round %d: promotion %+v", round, p)
+				}
 				active.awaitState("quiet")
 				active, standby = standby, active
 			}

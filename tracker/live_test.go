@@ -505,6 +505,35 @@ func TestLiveRoams(t *testing.T) {
 	})
 }
 
+// TestLiveSync: what the device has accepted is told when Sync says that this is all.
+func TestLiveSync(t *testing.T) {
+	eachRung(t, func(t *testing.T, kernel *Kernel) {
+		l := newLab(t, lab.Config{})
+		c := l.Clients[0]
+		v := start(t, l.Gateways[0], kernel)
+		reach(t, c)
+		v.provenAt(c, c.Endpoint())
+		for range 5 {
+			ep, err := c.RoamPort()
+			if err != nil {
+				t.Fatal(err)
+			}
+			reach(t, c) // and it was answered
+			await(t, "Sync says that this is all", func() bool { return v.Sync(t.Context()) })
+			_, proven := v.said()
+			if at := proven[len(proven)-1].New; at != ep {
+				t.Errorf("it is told at %v, want %v", at, ep)
+			}
+		}
+		v.stop()
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if v.Sync(ended) {
+			t.Error("all is said to be told by a tracker that does not run")
+		}
+	})
+}
+
 // TestLiveApplier: with polling, what the applier has noted in the view is not
 // taken for the peer's doing, even if the peer speaks meanwhile.
 func TestLiveApplier(t *testing.T) {

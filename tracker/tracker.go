@@ -100,10 +100,11 @@ type Status struct {
 // Tracker follows one device.
 type Tracker struct {
 	cfg    Config
-	resync chan struct{} // a dump is wanted
-	broken chan struct{} // the rung broke
-	pace   pace          // of dumps; Start's and Run's
-	ladder ladder        // Start's and Run's
+	resync chan struct{}    // a dump is wanted
+	asked  chan chan<- bool // by Sync
+	broken chan struct{}    // the rung broke
+	pace   pace             // of dumps; Start's and Run's
+	ladder ladder           // Start's and Run's
 
 	mu     sync.Mutex
 	status Status
@@ -164,6 +165,7 @@ func New(cfg Config) *Tracker {
 	return &Tracker{
 		cfg:    cfg,
 		resync: make(chan struct{}, 1),
+		asked:  make(chan chan<- bool),
 		broken: make(chan struct{}, 1),
 		pace:   pace{least: resyncDelay, most: dumpRest},
 		status: Status{Rung: RungNone},
@@ -247,6 +249,10 @@ func (t *Tracker) Run(ctx context.Context) (err error) {
 			}
 		case <-look.C:
 			err = t.look(ctx)
+		case answer := <-t.asked:
+			var all bool
+			all, err = t.catchUp(ctx, due != nil)
+			answer <- all
 		case <-resync:
 			due = time.After(max(t.patience(), t.pace.rest(time.Now())))
 		case <-due:
@@ -378,6 +384,41 @@ func (t *Tracker) wakeBroken() {
 // Refresh asks for a dump of the device, as soon as the others leave time for it:
 // without the hook, nothing tells of peers that are added without an endpoint.
 func (t *Tracker) Refresh() { t.wantDump() }
+
+// Sync waits until all is told that the device had accepted before the call, as far as
+// it can be known by now. It reports whether that is all: at the UDP port it is told of a
+// packet that the device may have yet to take. Run must be running, or Sync waits for ctx.
+func (t *Tracker) Sync(ctx context.Context) (all bool) {
+	answer := make(chan bool, 1)
+	select {
+	case t.asked <- answer:
+	case <-ctx.Done():
+		return false
+	}
+	select {
+	case all = <-answer:
+	case <-ctx.Done():
+	}
+	return all
+}
+
+// catchUp is Sync for Run. due tells whether a dump waits for its time.
+func (t *Tracker) catchUp(ctx context.Context, due bool) (all bool, err error) {
+	done, err := t.barrier(ctx)
+	if err != nil || hooked(t.Status().Rung) {
+		return done, err
+	}
+	t.mu.Lock()
+	wanted := due || len(t.resync) > 0 || t.hinted > t.dumped-late
+	t.mu.Unlock()
+	if _, why := t.interval(); !wanted && why != dumpPoll {
+		return done, nil
+	}
+	if err := t.dump(ctx, dumpResync); err != nil {
+		return false, err
+	}
+	return done && len(t.resync) == 0, nil
+}
 
 func (t *Tracker) wantDump() {
 	select {

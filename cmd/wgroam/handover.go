@@ -221,6 +221,7 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 	err = await(ctx, func() bool { return d.acts() == failover.Standby })
 	if err == nil {
 		tell("quiet", d.d.cfg.Node+" is a standby")
+		s.tracker.Sync(ctx) // nothing comes any more
 		s.flush(ctx)
 		r, err = s.feed.Consult(ctx, to.ID, feed.Question{Step: feed.StepTake, Ticket: r.Ticket})
 	}
@@ -255,6 +256,7 @@ func (d *device) prepare(ctx context.Context, s *session, to applier.Node, wante
 	)
 	// Under churn, tables are equal for moments only.
 	for range 5 {
+		s.catchUp(ctx)
 		s.flush(ctx)
 		digests := s.table.Digests()
 		asking, cancel := context.WithTimeout(ctx, replyWithin)
@@ -270,6 +272,14 @@ func (d *device) prepare(ctx context.Context, s *session, to applier.Node, wante
 		}
 	}
 	return r, fmt.Errorf("%s is not ready, and nothing has changed: %s", to.Name, r.Reason)
+}
+
+// catchUp waits until the table has every roam that the device knows of, or gives up
+// after a while.
+func (s *session) catchUp(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, equalWithin)
+	defer cancel()
+	_ = await(ctx, func() bool { return s.tracker.Sync(ctx) })
 }
 
 // flush sends what waits to be sent, or gives up after a while.
@@ -295,6 +305,7 @@ func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by fa
 		if !gone && role != failover.Active {
 			gone = true
 			tell("quiet", d.d.cfg.Node+" is a standby")
+			s.tracker.Sync(ctx)
 		}
 		return gone && s.isActive(to.ID.String())
 	})
