@@ -108,6 +108,7 @@ type Applier struct {
 	mu     sync.Mutex
 	peers  map[wgroam.Key]written
 	status Status
+	busy   bool // Run has taken peers from changes, or has some to write again
 }
 
 // New returns an Applier for all that is in the Table, and all that will be.
@@ -151,7 +152,7 @@ func (a *Applier) Run(ctx context.Context) {
 			for k := range failed {
 				a.changes.Mark(k)
 			}
-			clear(failed)
+			clear(failed) // and still busy, until they have their turn
 			continue
 		case <-search:
 			search = nil
@@ -170,6 +171,7 @@ func (a *Applier) Run(ctx context.Context) {
 			doubts = nil
 			continue
 		}
+		a.setBusy(true) // before any is taken
 		records, unconfirmed, absent := a.batch(failed)
 		for _, k := range absent {
 			if _, known := missing[k]; !known && a.cfg.Missing != nil {
@@ -187,6 +189,7 @@ func (a *Applier) Run(ctx context.Context) {
 		if doubts = append(doubts, unconfirmed...); len(doubts) > 0 && doubt == nil {
 			doubt = time.After(confirmWithin)
 		}
+		a.setBusy(len(failed) > 0)
 		switch {
 		case len(failed) > 0 && retry == nil:
 			retry = time.After(delay)
@@ -217,6 +220,7 @@ func (a *Applier) batch(failed map[wgroam.Key]wgroam.Version) (out []wgroam.Reco
 			v, tried := failed[k]
 			if state != StateNo {
 				a.waits.End(k, time.Now()) // for nothing that we could write
+				delete(failed, k)
 			}
 			switch {
 			case state == StateUnconfirmed:
@@ -347,6 +351,23 @@ func (a *Applier) write(records []wgroam.Record) error {
 		}
 	}
 	return err
+}
+
+func (a *Applier) setBusy(busy bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.busy = busy
+}
+
+// Settled reports whether there is nothing to write: no peer is in StateNo.
+func (a *Applier) Settled() bool {
+	// In this order: who is taken from changes makes it busy first.
+	if a.changes.Len() > 0 {
+		return false
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return !a.busy
 }
 
 // Status returns a copy of the current status.

@@ -131,6 +131,13 @@ func wantState(t *testing.T, a *Applier, peer wgroam.Key, want State) {
 	}
 }
 
+func wantSettled(t *testing.T, a *Applier, want bool) {
+	t.Helper()
+	if got := a.Settled(); got != want {
+		t.Errorf("settled is %v, want %v", got, want)
+	}
+}
+
 // TestApply: what is in the table when the applier starts, and what comes later,
 // ends in the device.
 func TestApply(t *testing.T) {
@@ -148,8 +155,10 @@ func TestApply(t *testing.T) {
 		if calls, _ := d.counts(); calls != 0 {
 			t.Errorf("%d writes before Run", calls)
 		}
+		wantSettled(t, a, false)
 		run(t, a)
 		synctest.Wait()
+		wantSettled(t, a, true)
 		if diff := cmp.Diff(want, d.endpoints(), sameEndpoint); diff != "" {
 			t.Errorf("device (-want +got):\n%s", diff)
 		}
@@ -163,6 +172,7 @@ func TestApply(t *testing.T) {
 		// Later, in two steps of which only the last counts.
 		table.Merge(record(key(7), at(1007), 2))
 		table.Merge(record(key(7), at(2007), 3))
+		wantSettled(t, a, false)
 		want[key(7)] = at(2007)
 		synctest.Wait()
 		if diff := cmp.Diff(want, d.endpoints(), sameEndpoint); diff != "" {
@@ -225,6 +235,7 @@ func TestWaiting(t *testing.T) {
 		table.Merge(record(key(1), at(1), 1))
 		synctest.Wait()
 		wantState(t, a, key(1), StateWaiting)
+		wantSettled(t, a, true)
 		if calls, _ := d.counts(); calls != 0 {
 			t.Errorf("%d writes for a peer that is not there", calls)
 		}
@@ -282,6 +293,7 @@ func TestAlwaysFails(t *testing.T) {
 			t.Fatalf("attempts (-want +got):\n%s", diff)
 		}
 		wantState(t, a, key(1), StateNo)
+		wantSettled(t, a, false)
 		if held, _ := d.view.Get(key(1)); held != before {
 			t.Errorf("after failed writes the view has %+v, want %+v", held, before)
 		}
@@ -303,6 +315,7 @@ func TestAlwaysFails(t *testing.T) {
 		time.Sleep(retryMost)
 		synctest.Wait()
 		wantState(t, a, key(1), StateYes)
+		wantSettled(t, a, true)
 		if s := a.Status(); s.Applied != 1 || s.LastError != nil {
 			t.Errorf("status %+v", s)
 		}

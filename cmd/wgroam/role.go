@@ -186,7 +186,7 @@ func (d *device) behind() time.Duration {
 // snapshot knows comes with the session.
 func (d *device) settled() bool {
 	s := d.live()
-	return s != nil && !slices.ContainsFunc(s.table.Records(), func(r wgroam.Record) bool { return s.applier.State(r.Peer) == applier.StateNo })
+	return s != nil && s.applier.Settled()
 }
 
 // feedRole is the role as the others hear of it.
