@@ -308,6 +308,56 @@ func TestHandoverVerb(t *testing.T) {
 	a.awaitRole("active", "verb")
 }
 
+// TestHandoverRefused: nothing is handed over that would not be where the virtual IP is, or
+// be forgotten with the next restart.
+func TestHandoverRefused(t *testing.T) {
+	refused := func(n *node, want string) {
+		t.Helper()
+		steps, err := n.handover(nil)
+		if got := last(steps); err == nil || got.Step != control.HandoverFailed || !strings.Contains(got.Detail, want) {
+			t.Errorf("handover on %s: %v: %+v, want %q", n.gw.Name, err, steps, want)
+		}
+	}
+	t.Run("virtual IP", func(t *testing.T) {
+		l := newLab(t, lab.Config{})
+		a, h := startPair(t, l, "down")
+		a.awaitState("open")
+		h.awaitState("quiet")
+		a.mustRole("active")
+		refused(a, "the verb overrules vip here")
+		h.mustRole("standby")
+		refused(h, "the verb overrules vip here") // says the active
+		a.mustRole("auto")
+		refused(a, "by vip, that of gw-h by verb")
+		a.awaitRole("active", "vip")
+		h.awaitRole("standby", "verb")
+		a.awaitAlarms()
+		h.awaitAlarms()
+	})
+	t.Run("no memory", func(t *testing.T) {
+		l := newLab(t, lab.Config{})
+		a, h := startVerbs(t, l)
+		h.mustRole("standby")
+		inTheWay := filepath.Join(filepath.Dir(h.file), "failover-"+h.gw.Device()+".json.new")
+		if err := os.Mkdir(inTheWay, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		refused(a, "make state.dir writable")
+		a.awaitRole("active", "verb")
+		h.awaitRole("standby", "verb")
+		if err := os.Remove(inTheWay); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "each hears of the other's role", func() (bool, string) {
+			roles := a.status().Feed.Nodes[0].Role + " " + h.status().Feed.Nodes[0].Role
+			return roles == "standby active", roles
+		})
+		if steps, err := a.handover(nil); err != nil {
+			t.Errorf("%v: %+v", err, steps)
+		}
+	})
+}
+
 // TestHandoverKilled: whichever daemon is killed in the middle, in the end one node is
 // active, and not both.
 func TestHandoverKilled(t *testing.T) {

@@ -36,8 +36,11 @@ const (
 	takenWithin = ticketFor + openWithin
 	// movedWithin is how long keepalived, or whoever moves the virtual IP, may take.
 	movedWithin = 30 * time.Second
-	// wantWithin is how long a standby waits for the active to hand over.
-	wantWithin = movedWithin + takenWithin + 5*time.Second
+	// wantWithin is how long a standby waits for the active to hand over: to prepare takes
+	// that 20 seconds at most.
+	wantWithin = movedWithin + takenWithin + 25*time.Second
+	// givingWithin is how long somebody may look whether a handover was interrupted.
+	givingWithin = 100 * time.Millisecond
 	// maxTickets bounds the tickets that are good at once.
 	maxTickets = 16
 	// pollHandover is how often it is looked whether something has happened.
@@ -59,6 +62,16 @@ type handover struct {
 type ticket struct {
 	from  feed.Header
 	until time.Time
+}
+
+// begin locks giving. It returns errBusy where that is locked for long.
+func (h *handover) begin(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, givingWithin)
+	defer cancel()
+	if await(ctx, h.giving.TryLock) != nil {
+		return errBusy
+	}
+	return nil
 }
 
 var errBusy = errors.New("a handover is going on already: wait for its end")
@@ -103,8 +116,8 @@ func (d *device) handOverRole(ctx context.Context, to string, tell func(step, de
 	case by == failover.ByConfig:
 		return fmt.Errorf("%w: the configuration says %s: set role = \"auto\" there", failover.ErrFixed, role)
 	case role == failover.Active:
-		if !d.handing.giving.TryLock() {
-			return errBusy
+		if err := d.handing.begin(ctx); err != nil {
+			return err
 		}
 		defer d.handing.giving.Unlock()
 		n, err := soon(ctx, func() (applier.Node, error) { return s.standby(to) })
@@ -202,10 +215,12 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 		return err
 	}
 	theirs := failover.Source(r.By)
-	if by != failover.ByVerb && by != failover.ByNone {
-		if theirs != by {
-			return fmt.Errorf("the role of this node is by %s, that of %s by %s: let them be the same, with wgroam role auto where the verb has spoken", by, to.Name, theirs)
-		}
+	switch other := d.overruled(); {
+	case verbDecides(by) && other != "":
+		return fmt.Errorf("the verb overrules %s here, which the role cannot be handed over against: take its word back on both nodes, with wgroam role auto", other)
+	case theirs != by && (!verbDecides(theirs) || !verbDecides(by)):
+		return fmt.Errorf("the role of this node is by %s, that of %s by %s: let them be the same, with wgroam role auto where the verb has spoken", by, to.Name, theirs)
+	case !verbDecides(by):
 		return d.letMove(ctx, s, to, by, tell)
 	}
 	tell("ready", to.Name+" has every endpoint")
@@ -230,7 +245,7 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 	case refused:
 		// Its last beat may still say that it is active.
 		err = errors.New(r.Reason)
-	case err != nil && s.isActive(to.ID.String()):
+	case err != nil && s.staysActive(context.WithoutCancel(ctx), to.ID.String()):
 		// The answer is lost, and settleOffer sees whether it stays so.
 		tell("done", to.Name+" says that it is active")
 		return nil
@@ -246,6 +261,20 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 	}
 	tell("done", to.Name+" is active")
 	return nil
+}
+
+// verbDecides reports whether the verb may give a role that is given by that source.
+func verbDecides(by failover.Source) bool { return by == failover.ByVerb || by == failover.ByNone }
+
+// overruled returns a source that would give the role, if the verb had not spoken; empty
+// if there is none.
+func (d *device) overruled() failover.Source {
+	for _, s := range []failover.Source{failover.ByVRRP, failover.ByVIP} {
+		if d.desk.Said(s) != "" {
+			return s
+		}
+	}
+	return ""
 }
 
 // prepare has a node get all that this one knows, and say that it could take over.
@@ -338,14 +367,17 @@ func (d *device) yields() string {
 }
 
 // acts returns the role that the device acts by.
-func (d *device) acts() failover.Role {
+func (d *device) acts() failover.Role { return d.keeping().Acts }
+
+// keeping returns what the keeper makes of the device; nothing where there is none.
+func (d *device) keeping() failover.Status {
 	d.mu.Lock()
 	keeper := d.keeper
 	d.mu.Unlock()
 	if keeper == nil {
-		return ""
+		return failover.Status{}
 	}
-	return keeper.Status().Acts
+	return keeper.Status()
 }
 
 // isActive reports whether a node says that it is active.
@@ -353,6 +385,21 @@ func (s *session) isActive(id string) bool {
 	return slices.ContainsFunc(s.merger.Nodes(), func(n applier.Node) bool {
 		return n.ID.String() == id && n.Role == feed.RoleActive && n.State != applier.NodeStale
 	})
+}
+
+// staysActive reports whether a node that says it is active still does so in its next
+// beat: it may have given up meanwhile.
+func (s *session) staysActive(ctx context.Context, id string) bool {
+	if !s.isActive(id) {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, openWithin)
+	defer cancel()
+	asked := time.Now()
+	_ = await(ctx, func() bool {
+		return slices.ContainsFunc(s.merger.Nodes(), func(n applier.Node) bool { return n.ID.String() == id && n.Heard.After(asked) })
+	})
+	return s.isActive(id)
 }
 
 // answer answers the questions of another node, until ctx ends.
@@ -371,8 +418,7 @@ func (d *device) answer(ctx context.Context, s *session, questions <-chan *feed.
 			case feed.StepTake:
 				err = d.take(ctx, q)
 			case feed.StepWant:
-				if !d.handing.giving.TryLock() {
-					err = errBusy
+				if err = d.handing.begin(ctx); err != nil {
 					break
 				}
 				// The other node is asked in turn, and has to answer meanwhile; and so has
@@ -424,7 +470,7 @@ func (d *device) wantedBy(ctx context.Context, s *session, q *feed.Question, r f
 }
 
 // errBehind: something is on its way to this node.
-var errBehind = errors.New("its table, or its device, lacks something")
+var errBehind = errors.New("it lacks something")
 
 // agree says whether this node could take over now, and makes the ticket for it.
 func (d *device) agree(ctx context.Context, s *session, q *feed.Question) (feed.Ticket, error) {
@@ -446,13 +492,17 @@ func (d *device) agree(ctx context.Context, s *session, q *feed.Question) (feed.
 		digests := s.table.Digests()
 		return digests.Sum() == q.Digest && d.settled()
 	})
-	if err != nil {
-		return feed.Ticket{}, errBehind
+	switch {
+	case err != nil && d.settled():
+		return feed.Ticket{}, fmt.Errorf("%w: its table is another one; see wgroam status there", errBehind)
+	case err != nil:
+		return feed.Ticket{}, fmt.Errorf("%w: its device has not taken every endpoint; see wgroam peers there", errBehind)
 	}
 	if behind := d.behind(); behind > 0 {
 		return feed.Ticket{}, fmt.Errorf("its clock is %v behind, and peers would ignore it for so long: keep both nodes on NTP", behind.Round(time.Millisecond))
 	}
-	if d.acts() != failover.Standby {
+	// Acts is known before the rest is done.
+	if k := d.keeping(); k.Acts != failover.Standby || k.Err != nil {
 		return feed.Ticket{}, errors.New("its device is not that of a standby: see wgroam status there")
 	}
 	var t feed.Ticket
@@ -485,25 +535,32 @@ func (d *device) take(ctx context.Context, q *feed.Question) error {
 	t, ok := d.handing.tickets[q.Ticket]
 	delete(d.handing.tickets, q.Ticket)
 	d.handing.mu.Unlock()
-	role, _, _ := d.desk.Role()
+	role, by, _ := d.desk.Role()
 	switch {
 	case !ok || t.from.Node != q.Node || t.from.Boot != q.Boot || time.Now().After(t.until):
 		return errors.New("the ticket is not good, or not any more")
 	case role != failover.Standby:
 		return fmt.Errorf("its role is %s now", role)
+	case !verbDecides(by):
+		return fmt.Errorf("its role is by %s: let those of both nodes be the same", by)
 	}
-	if err := d.desk.Say(failover.ByVerb, failover.Active); err != nil {
-		d.log.Error("taking over", "err", err)
+	before := d.desk.Said(failover.ByVerb)
+	err := d.desk.Say(failover.ByVerb, failover.Active)
+	if err == nil {
+		ctx, cancel := context.WithTimeout(ctx, openWithin)
+		defer cancel()
+		if err = await(ctx, func() bool { return d.acts() == failover.Active }); err == nil {
+			return nil
+		}
+		err = errors.New("its device did not become that of an active: see its log")
 	}
-	ctx, cancel := context.WithTimeout(ctx, openWithin)
-	defer cancel()
-	if err := await(ctx, func() bool { return d.acts() == failover.Active }); err != nil {
-		if err := d.desk.Say(failover.ByVerb, failover.Standby); err != nil {
+	// Unless an operator has said something else meanwhile.
+	if d.desk.Said(failover.ByVerb) == failover.Active {
+		if err := d.desk.Say(failover.ByVerb, before); err != nil {
 			d.log.Error("a standby again", "err", err)
 		}
-		return errors.New("its device did not become that of an active: see its log")
 	}
-	return nil
+	return err
 }
 
 // settleOffer finds out what became of a handover that has no known end, because this

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -50,5 +51,34 @@ func TestTickets(t *testing.T) {
 				t.Errorf("the role is %s", role)
 			}
 		})
+	}
+}
+
+// TestRoleMeanwhile: the verb does not speak while a handover is going on.
+func TestRoleMeanwhile(t *testing.T) {
+	t.Parallel()
+	memory, err := failover.OpenMemory(t.TempDir(), "wg0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := &device{
+		cfg: config.Device{Name: "wg0", Role: config.RoleAuto}, mem: memory,
+		desk: failover.NewDesk(failover.DeskConfig{Memory: memory, Log: slog.New(slog.DiscardHandler)}),
+	}
+	d := &daemon{devices: []*device{dev}}
+	dev.handing.giving.Lock()
+	if err := d.setRole("", "active"); !errors.Is(err, errBusy) {
+		t.Errorf("got %v, want %v", err, errBusy)
+	}
+	if role, by, _ := dev.desk.Role(); by != failover.ByNone {
+		t.Errorf("the role is %s by %s", role, by)
+	}
+	// It is looked for a moment whether one was interrupted.
+	time.AfterFunc(givingWithin/10, dev.handing.giving.Unlock)
+	if err := d.setRole("", "active"); err != nil {
+		t.Error(err)
+	}
+	if role, by, _ := dev.desk.Role(); role != failover.Active || by != failover.ByVerb {
+		t.Errorf("the role is %s by %s", role, by)
 	}
 }

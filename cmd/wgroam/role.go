@@ -260,11 +260,7 @@ func (d *daemon) setRole(name, word string) error {
 			continue
 		}
 		found = true
-		// Nor does a handover whose end is not known.
-		if err := dev.mem.Offer(""); err != nil {
-			errs = append(errs, fmt.Errorf("device %s: %w", where(dev.cfg.Name, dev.cfg.Netns), err))
-		}
-		if err := dev.desk.Say(failover.ByVerb, role); err != nil {
+		if err := dev.setRole(role); err != nil {
 			errs = append(errs, fmt.Errorf("device %s: %w", where(dev.cfg.Name, dev.cfg.Netns), err))
 		}
 	}
@@ -277,16 +273,20 @@ func (d *daemon) setRole(name, word string) error {
 	return errors.Join(errs...)
 }
 
+// setRole gives the verb's word, unless a handover is going on.
+func (d *device) setRole(role failover.Role) error {
+	if err := d.handing.begin(context.Background()); err != nil {
+		return err
+	}
+	defer d.handing.giving.Unlock()
+	// Nor does one whose end is not known count any more.
+	return errors.Join(d.mem.Offer(""), d.desk.Say(failover.ByVerb, role))
+}
+
 // keeperStatus adds what the keeper makes of the device.
 func (d *device) keeperStatus(out *control.Failover) {
-	d.mu.Lock()
-	keeper := d.keeper
-	d.mu.Unlock()
 	out.Yields = d.yields()
-	if keeper == nil {
-		return
-	}
-	k := keeper.Status()
+	k := d.keeping()
 	out.State = k.State
 	if k.Err != nil {
 		out.Error = k.Err.Error()
