@@ -328,7 +328,7 @@ func TestFailover(t *testing.T) {
 
 			// What the gateway sends through the tunnel waits for nothing and goes nowhere.
 			active, standby, fromActive, fromStandby := na, nh, atA, atH
-			w := watch(t, h, "--socket", nh.socket)
+			w := watch(t, h, "--promotions", "--socket", nh.socket)
 			w.says("watching through the daemon")
 			for round := range 3 {
 				began := time.Now()

@@ -32,6 +32,7 @@ func watchVerb(ctx context.Context, e env, args []string) error {
 	fs, parse := flags(e, "watch")
 	device := fs.String("device", "", "only this device (default all of the daemon, or without one all of this network namespace)")
 	asJSON := fs.Bool("json", false, "print one JSON object a line")
+	promotions := fs.Bool("promotions", false, "with --json, also how far promotions have come, in lines of another kind; without, they are shown anyway")
 	socket := fs.String("socket", defaultSocket, "control socket of the daemon")
 	if err := parse(args); err != nil {
 		return err
@@ -39,7 +40,7 @@ func watchVerb(ctx context.Context, e env, args []string) error {
 	out := newEventPrinter(e.stdout, *asJSON)
 	watch := watchAlone
 	if meant := throughDaemon(ctx, *socket, *device); meant != nil {
-		watch = watchDaemon(*socket, meant)
+		watch = watchDaemon(*socket, !*asJSON || *promotions, meant)
 	}
 	return errors.Join(watch(ctx, e, *device, out), out.close())
 }
@@ -83,9 +84,9 @@ func choose(devices []control.DeviceStatus, name string, here uint32, exists fun
 	return func(device, _ string) bool { return device == name }
 }
 
-func watchDaemon(socket string, meant func(device, netns string) bool) func(context.Context, env, string, *eventPrinter) error {
+func watchDaemon(socket string, promotions bool, meant func(device, netns string) bool) func(context.Context, env, string, *eventPrinter) error {
 	return func(ctx context.Context, e env, _ string, out *eventPrinter) error {
-		err := control.Watch(ctx, socket, true, func(line json.RawMessage) error {
+		err := control.Watch(ctx, socket, promotions, func(line json.RawMessage) error {
 			var l struct {
 				control.Event
 				Promotion *control.Promotion `json:"promotion"`
