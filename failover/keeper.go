@@ -602,13 +602,14 @@ func (k *Keeper) unshut(vips []netip.Addr) (haste bool, err error) {
 		// Once the gate itself is asked: a daemon that could not write has left no memory of it.
 		says, k.asked = k.gate.says(), true
 	}
+	// By the port that is shut: to read the device takes time.
+	if strings.HasPrefix(says, standby) && k.port != 0 && k.gate.open(vips, k.port) == nil {
+		return true, nil
+	}
 	if len(vips) > 0 && time.Since(k.dumped) > dumpEvery {
 		if _, err := k.dump(); err != nil {
 			return false, err
 		}
-	}
-	if strings.HasPrefix(says, standby) && k.port != 0 && k.gate.open(vips, k.port) == nil {
-		return true, nil
 	}
 	switch {
 	case len(vips) == 0 && (ours || says != ""):

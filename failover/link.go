@@ -39,22 +39,30 @@ func (s *settings) add(more settings) {
 func (s *settings) count() int { return len(s.Addrs) + len(s.Nexthops) + len(s.Routes) }
 
 func union(a, b [][]byte) [][]byte {
+	has := index(a)
 	for _, m := range b {
-		if !has(a, m) {
+		if !has[string(m)] {
 			a = append(a, m)
 		}
 	}
 	return a
 }
 
-func has(all [][]byte, m []byte) bool {
-	return slices.ContainsFunc(all, func(o []byte) bool { return bytes.Equal(o, m) })
+// index makes a set of messages: a device can have a route for each of its peers.
+func index(all [][]byte) map[string]bool {
+	out := make(map[string]bool, len(all))
+	for _, m := range all {
+		out[string(m)] = true
+	}
+	return out
 }
 
 // readSettings reads what an interface of this thread's network namespace would
 // lose.
 func readSettings(ifindex int) (s settings, err error) {
-	err = dump(unix.RTM_GETADDR, nl.NewIfAddrmsg(unix.AF_INET6), unix.RTM_NEWADDR, func(m []byte) {
+	of := nl.NewIfAddrmsg(unix.AF_INET6)
+	of.Index = uint32(ifindex)
+	err = dump(unix.RTM_GETADDR, unix.RTM_NEWADDR, func(m []byte) {
 		if len(m) >= unix.SizeofIfAddrmsg && int(nl.DeserializeIfAddrmsg(m).Index) == ifindex {
 			m = bytes.Clone(m)
 			if info := attribute(m, unix.SizeofIfAddrmsg, unix.IFA_CACHEINFO); len(info) >= 16 {
@@ -62,20 +70,20 @@ func readSettings(ifindex int) (s settings, err error) {
 			}
 			s.Addrs = append(s.Addrs, m)
 		}
-	})
+	}, of)
 	var all [][]byte
-	err = errors.Join(err, dump(unix.RTM_GETNEXTHOP, nhmsg, unix.RTM_NEWNEXTHOP, func(m []byte) {
+	err = errors.Join(err, dump(unix.RTM_GETNEXTHOP, unix.RTM_NEWNEXTHOP, func(m []byte) {
 		if len(m) >= unix.SizeofNhmsg {
 			all = append(all, bareNexthop(m))
 		}
-	}))
+	}, nhmsg))
 	s.Nexthops = nexthopsOf(all, ifindex)
-	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		err = errors.Join(err, dump(unix.RTM_GETROUTE, &nl.RtMsg{RtMsg: unix.RtMsg{Family: uint8(family)}}, unix.RTM_NEWROUTE, func(m []byte) {
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		err = errors.Join(err, dump(unix.RTM_GETROUTE, unix.RTM_NEWROUTE, func(m []byte) {
 			if s.hasRoute(m, ifindex) {
 				s.Routes = append(s.Routes, bareRoute(m))
 			}
-		}))
+		}, &nl.RtMsg{RtMsg: unix.RtMsg{Family: family}}, nl.NewRtAttr(unix.RTA_OIF, binary.NativeEndian.AppendUint32(nil, uint32(ifindex)))))
 	}
 	return s, err
 }
@@ -200,39 +208,48 @@ func (s settings) give(ifindex int) error {
 	if err != nil {
 		return err
 	}
+	conn, err := openSocket()
+	if err != nil {
+		return err
+	}
+	defer conn.close()
 	// The kernel puts a new address before the others of its scope, and sends from
 	// the first (addrconf.c, ipv6_link_dev_addr): the last one first.
 	var addrs, nexthops, routes missing
+	has := index(now.Addrs)
 	for _, m := range slices.Backward(s.Addrs) {
-		if !has(now.Addrs, m) {
-			addrs.add(m, request(unix.RTM_NEWADDR, m))
+		if !has[string(m)] {
+			addrs.add(m, conn.request(unix.RTM_NEWADDR, m))
 		}
 	}
+	has = index(now.Nexthops)
 	for _, m := range s.Nexthops {
-		if !has(now.Nexthops, m) {
-			nexthops.add(m, s.requestNexthop(m))
+		if !has[string(m)] {
+			nexthops.add(m, s.requestNexthop(conn, m))
 		}
 	}
 	// Those by way of others come after the others.
 	ordered := slices.Clone(s.Routes)
 	slices.SortStableFunc(ordered, func(a, b []byte) int { return cmp.Compare(gateways(a), gateways(b)) })
+	has = index(now.Routes)
 	for _, m := range ordered {
-		if !has(now.Routes, m) {
-			routes.add(m, request(unix.RTM_NEWROUTE, m))
+		if !has[string(m)] {
+			routes.add(m, conn.request(unix.RTM_NEWROUTE, m))
 		}
 	}
 	// Or they lead by way of one that came after them.
 	again := routes.of
 	routes = missing{}
 	for _, m := range again {
-		routes.add(m, request(unix.RTM_NEWROUTE, m))
+		routes.add(m, conn.request(unix.RTM_NEWROUTE, m))
 	}
 	if now, err = readSettings(ifindex); err != nil {
 		return err
 	}
 	inPlace := 0
+	has, failed := index(now.Routes), index(routes.of)
 	for _, m := range s.Routes {
-		if !has(now.Routes, m) && !has(routes.of, m) {
+		if !has[string(m)] && !failed[string(m)] {
 			inPlace++
 		}
 	}
@@ -267,17 +284,17 @@ func (f *missing) err(what string) error {
 
 // requestNexthop makes a nexthop object, unless it is there. A group is there, but
 // for those of its members that went with the link.
-func (s *settings) requestNexthop(m []byte) error {
+func (s *settings) requestNexthop(conn sockets, m []byte) error {
 	want := members(m)
 	if want == nil {
-		return request(unix.RTM_NEWNEXTHOP, m)
+		return conn.request(unix.RTM_NEWNEXTHOP, m)
 	}
 	var rest []uint32
-	err := dump(unix.RTM_GETNEXTHOP, nhmsg, unix.RTM_NEWNEXTHOP, func(now []byte) {
+	err := dump(unix.RTM_GETNEXTHOP, unix.RTM_NEWNEXTHOP, func(now []byte) {
 		if len(now) >= unix.SizeofNhmsg && nexthopID(now) == nexthopID(m) {
 			rest = members(now)
 		}
-	})
+	}, nhmsg)
 	if err != nil {
 		return err
 	}
@@ -285,7 +302,7 @@ func (s *settings) requestNexthop(m []byte) error {
 		return slices.ContainsFunc(s.Nexthops, func(m []byte) bool { return members(m) == nil && nexthopID(m) == id })
 	})
 	if len(rest) == 0 {
-		return request(unix.RTM_NEWNEXTHOP, m)
+		return conn.request(unix.RTM_NEWNEXTHOP, m)
 	}
 	if !slices.Equal(rest, want) {
 		return fmt.Errorf("the nexthop group %d has been changed", nexthopID(m))
@@ -303,9 +320,28 @@ func gateways(m []byte) int {
 	return 0
 }
 
+// sockets are what the requests of one thread share, for a socket for each would take
+// longer than what it is for.
+type sockets map[int]*nl.SocketHandle
+
+func openSocket() (sockets, error) {
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(s.SetSendTimeout(&nl.SocketTimeoutTv), s.SetReceiveTimeout(&nl.SocketTimeoutTv)); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return sockets{unix.NETLINK_ROUTE: {Socket: s}}, nil
+}
+
+func (s sockets) close() { s[unix.NETLINK_ROUTE].Close() }
+
 // request sends a message that makes something, unless it is there.
-func request(kind int, m []byte) error {
+func (s sockets) request(kind int, m []byte) error {
 	req := nl.NewNetlinkRequest(kind, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
+	req.Sockets = s
 	req.AddRawData(m)
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	if errors.Is(err, fs.ErrExist) {
@@ -314,11 +350,21 @@ func request(kind int, m []byte) error {
 	return err
 }
 
-// dump calls each for every message of a dump.
-func dump(kind int, query nl.NetlinkRequestData, answer uint16, each func([]byte)) error {
+// dump calls each for every message of a dump. The kernel leaves out what the query does
+// not ask for, such as a million routes of other interfaces, or sends all (before Linux 4.20).
+func dump(kind int, answer uint16, each func([]byte), query ...nl.NetlinkRequestData) error {
+	sockets, err := openSocket()
+	if err != nil {
+		return err
+	}
+	defer sockets.close()
+	_ = unix.SetsockoptInt(sockets[unix.NETLINK_ROUTE].Socket.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1)
 	for range 10 {
 		req := nl.NewNetlinkRequest(kind, unix.NLM_F_DUMP)
-		req.AddData(query)
+		req.Sockets = sockets
+		for _, q := range query {
+			req.AddData(q)
+		}
 		messages, err := req.Execute(unix.NETLINK_ROUTE, answer)
 		if errors.Is(err, netlink.ErrDumpInterrupted) {
 			continue // something may be missing

@@ -110,7 +110,7 @@ func TestSettings(t *testing.T) {
 			want, got [][]byte
 		}{{"addresses", before.Addrs, now.Addrs}, {"routes", before.Routes, now.Routes}} {
 			for _, w := range m.want {
-				if !has(m.got, w) {
+				if !slices.ContainsFunc(m.got, func(m []byte) bool { return bytes.Equal(m, w) }) {
 					t.Errorf("%s: of the %s, this is missing: %x", what, m.kind, w)
 				}
 			}
