@@ -140,6 +140,11 @@ const (
 
 // Run keeps the device until ctx ends, and leaves it as it is then.
 func (k *Keeper) Run(ctx context.Context) {
+	if !k.cfg.Fresh { // or somebody may be probing
+		if err := dropProbe(k.cfg.Space, k.cfg.Name); err != nil {
+			k.cfg.Log.Warn("a rule for a port that a killed daemon had is still there: wgroam.probe."+k.cfg.Name+" of nftables", "err", err)
+		}
+	}
 	news := make(chan struct{}, 1)
 	wake := func() {
 		select {
@@ -529,7 +534,7 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) (err error) {
 // memory. Nobody is called, but for those whose keepalives are back. No Keeper may run
 // meanwhile.
 func (k *Keeper) Release() error {
-	err := k.gate.remove()
+	err := errors.Join(k.gate.remove(), dropProbe(k.cfg.Space, k.cfg.Name))
 	if t := k.cfg.Memory.taken(k.of); t != nil {
 		if !t.Down {
 			err = errors.Join(err, k.give(t))
@@ -559,13 +564,9 @@ func (k *Keeper) settle(ctx context.Context) {
 	began := time.Now()
 	settled := false
 	for {
-		// That looks at the whole table; the addresses are few.
-		pause := 5 * time.Millisecond
-		if settled = settled || k.cfg.Settled(); settled {
-			if time.Since(began) >= wholeFor || !k.partial() {
-				return
-			}
-			pause = time.Millisecond
+		settled = settled || k.cfg.Settled()
+		if settled && (time.Since(began) >= wholeFor || !k.partial()) {
+			return
 		}
 		if time.Since(began) > settleFor {
 			k.cfg.Log.Warn("some endpoints are not in the device yet; going on")
@@ -574,7 +575,7 @@ func (k *Keeper) settle(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(pause):
+		case <-time.After(time.Millisecond):
 		}
 	}
 }

@@ -4,6 +4,7 @@ package failover
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -150,6 +151,35 @@ func TestMemorySync(t *testing.T) {
 	}
 	if m, err := OpenMemory(filepath.Dir(m.path), "wg0"); err != nil || !slices.Equal(m.ports(), []int{51821}) || m.data.Taken == nil {
 		t.Errorf("the file has %+v, error %v", m.data, err)
+	}
+}
+
+// TestProbeLeft: what a daemon that was killed in the middle of a probe has left goes with
+// the next one, and with the release.
+func TestProbeLeft(t *testing.T) {
+	inNamespace(t)
+	d := upLink(t)
+	for what, ends := range map[string]func(*Keeper){
+		"Release": func(k *Keeper) {
+			if err := k.Release(); err != nil {
+				t.Error(err)
+			}
+		},
+		"Run": func(k *Keeper) {
+			ended, cancel := context.WithCancel(t.Context())
+			cancel()
+			k.Run(ended)
+		},
+	} {
+		k, _ := testKeeper(t, t.TempDir(), "down", d)
+		probe := probeGate(nil, "one")
+		if err := probe.from(k.cfg.VIP, 40000); err != nil {
+			t.Fatal(err)
+		}
+		ends(k)
+		if says := probe.says(); says != "" {
+			t.Errorf("%s: it says %q", what, says)
+		}
 	}
 }
 

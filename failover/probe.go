@@ -57,13 +57,26 @@ func ProbeSource(space *wg.Space, device string, vip netip.Addr) error {
 	}
 	defer from.Close()
 	port := from.LocalAddr().(*net.UDPAddr).Port
-	g := newGate(space, device)
-	g.table.Name = "wgroam.probe." + device // which no device's gate has for its name
+	g := probeGate(space, device)
 	if err := g.from([]netip.Addr{vip}, port); err != nil {
 		return err
 	}
 	err = probe(from, to, netip.AddrPortFrom(vip, uint16(port)))
 	return errors.Join(err, g.remove())
+}
+
+func probeGate(space *wg.Space, device string) *gate {
+	g := newGate(space, device)
+	g.table.Name = "wgroam.probe." + device // which no device's gate has for its name
+	return g
+}
+
+// dropProbe removes what a daemon that was killed in the middle of ProbeSource has left.
+func dropProbe(space *wg.Space, device string) error {
+	if g := probeGate(space, device); g.says() != "" {
+		return g.remove()
+	}
+	return nil
 }
 
 // probe sends over the loopback what has to arrive from an address.

@@ -76,7 +76,7 @@ type FIFO struct {
 }
 
 // maxNames is how many names of instances and groups are remembered.
-const maxNames = 64
+const maxNames = 4096
 
 // Run reads the FIFO until ctx ends. Whatever becomes of the file and of its writers, it
 // goes on with the next; trouble is logged once.

@@ -54,6 +54,8 @@ func TestUsage(t *testing.T) {
 		"watch nothing":  {[]string{"watch", "--device", "nosuch0", "--socket", nobody}, 1, []string{"nosuch0"}},
 		"status, nobody": {[]string{"status", "--socket", nobody}, 1, []string{nobody, "wgroam run"}},
 		"peers, nobody":  {[]string{"peers", "--json", "--socket", nobody}, 1, []string{nobody, "wgroam run"}},
+		"role of nobody": {[]string{"role", "boss", "--socket", nobody}, 2, []string{`"boss" is not a role to set`}},
+		"feed of nobody": {[]string{"check", "--feed", "--config", filepath.Join(dir, "none.toml")}, 1, []string{"none.toml"}},
 		"check please":   {[]string{"check", "please"}, 2, []string{`unexpected argument "please"`}},
 	} {
 		t.Run(name, func(t *testing.T) {

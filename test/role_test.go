@@ -137,8 +137,10 @@ func TestRole(t *testing.T) {
 			t.Errorf("wgroam role %s: %v: %s", word, err, out)
 		}
 	}
-	if out, err := h.role("active", "--device", "wg9"); err == nil || !strings.Contains(out, "no device wg9") {
-		t.Errorf("wgroam role for a device that is not there: %v: %s", err, out)
+	for _, args := range [][]string{{"active", "--device", "wg9"}, {"--device", "wg9"}} {
+		if out, err := h.role(args...); err == nil || !strings.Contains(out, "no device wg9") {
+			t.Errorf("wgroam role for a device that is not there: %v: %s", err, out)
+		}
 	}
 }
 

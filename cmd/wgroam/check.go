@@ -51,7 +51,9 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	if *file != "" {
 		var err error
 		f := finding{Check: "config", State: checkOK, Detail: *file + " can be read"}
-		if cfg, err = config.Load(*file); err != nil {
+		if cfg, err = config.Load(*file); err != nil && *feedOnly {
+			return err // or another daemon would be asked
+		} else if err != nil {
 			f = finding{Check: "config", State: checkFail, Detail: err.Error(), Do: "correct it: the daemon does not start with it"}
 		}
 		findings = append(findings, f)
@@ -114,7 +116,11 @@ func printReport(e env, report control.Check, asJSON bool) error {
 		}
 		for i, p := range f.Peers {
 			if i == namedPeers {
-				fmt.Fprintf(w, "\t\t\t  and %d more: see --json\n", len(f.Peers)-i)
+				more := fmt.Sprintf("%d more: see --json", len(f.Peers)-i)
+				if len(f.Peers) == control.MaxFindingPeers {
+					more = "more: --json names " + strconv.Itoa(len(f.Peers))
+				}
+				fmt.Fprintf(w, "\t\t\t  and %s\n", more)
 				break
 			}
 			fmt.Fprintf(w, "\t\t\t  %v %s\n", p.Peer, p.What)
@@ -162,7 +168,14 @@ func checkDevice(d control.DeviceStatus) []finding {
 		return checkOK
 	}
 
-	add("role", checkOK, roleLine(d), "")
+	state := checkOK
+	if d.Role == roleUnknown {
+		state = checkWarn
+		if time.Since(d.RoleSince) > knownWithin {
+			state = checkFail
+		}
+	}
+	add("role", state, roleLine(d), "if it stays so, the log of the daemon says whom it waits for")
 	for _, a := range d.Alarms {
 		add("role", checkFail, a.Alarm+": "+a.Detail, a.Do)
 	}
@@ -172,6 +185,9 @@ func checkDevice(d control.DeviceStatus) []finding {
 			add("keepalived", checkFail, "cannot be heard: "+k.FIFO+": "+k.Error, "mend that, or correct keepalived.fifo")
 		case k.Heard:
 			add("keepalived", checkOK, fmt.Sprintf("%q is %s", k.Name, cmp.Or(k.Says, "known")), "")
+		case k.Says != "" && len(k.Others) > 0:
+			add("keepalived", checkWarn, fmt.Sprintf("speaks of %s; that %q is %s was said before this daemon started", quoted(k.Others), k.Name, k.Says),
+				"if keepalived.conf has no such instance or group, correct vrrp")
 		case len(k.Others) > 0:
 			add("keepalived", checkFail, fmt.Sprintf("speaks of %s, and not of %q", quoted(k.Others), k.Name),
 				"name the instance or group of keepalived.conf in vrrp")
@@ -182,6 +198,9 @@ func checkDevice(d control.DeviceStatus) []finding {
 				"start or reload keepalived, with vrrp_notify_fifo "+k.FIFO+" and fifo_write_vrrp_states_on_reload: see contrib/keepalived")
 		}
 	}
+	if to := d.Failover.Yields; to != "" {
+		add("keepalived", checkWarn, "prefers "+to+" since a handover: check --feed fails here", "have "+to+" hand over to this node, or take that back with wgroam role auto")
+	}
 	if d.State == control.StateMissing || d.State == control.StateWaiting {
 		add("device", checkFail, withReason(d.State, d.LastError), missingDevice)
 		return out
@@ -191,6 +210,8 @@ func checkDevice(d control.DeviceStatus) []finding {
 		add("failover", checkFail, d.Failover.Error, "see the log of the daemon")
 	case d.Role == string(failover.Standby) && d.Failover.State != failover.StateQuiet:
 		add("failover", checkFail, withReason("the device is not quiet yet", d.Failover.State), "wait a moment, or see the log of the daemon")
+	case d.Role == string(failover.Active) && d.Failover.State != failover.StateOpen && d.Failover.State != failover.StatePromoting:
+		add("failover", checkFail, withReason("the device is not that of an active yet", d.Failover.State), "wait a moment, or see the log of the daemon")
 	case d.Failover.State != "" && d.Failover.State != failover.StateIdle:
 		add("failover", checkOK, "the device is "+d.Failover.State, "")
 	}
@@ -228,8 +249,14 @@ func quoted(names []string) string {
 }
 
 // skewWarn is the difference between two clocks that peers would notice after a
-// failover.
-const skewWarn = 1000 // ms
+// failover, and skewNote one that those notice which had a handshake right before.
+const (
+	skewWarn = 1000 // ms
+	skewNote = 100  // ms
+)
+
+// knownWithin is how long it may take until the role is known.
+const knownWithin = 15 * time.Second
 
 // checkClock compares this host's clock with those of the other nodes; false if there
 // are none.
@@ -238,12 +265,15 @@ func checkClock(d control.DeviceStatus) (finding, bool) {
 		return finding{}, false
 	}
 	f := finding{Device: d.Name, Netns: d.Netns, Check: "clock", State: checkOK, Detail: "agrees with those of the other nodes"}
-	slowest := slices.MinFunc(d.Feed.Nodes, func(a, b control.NodeStatus) int { return cmp.Compare(a.SkewMS, b.SkewMS) })
+	alive := slices.DeleteFunc(slices.Clone(d.Feed.Nodes), func(n control.NodeStatus) bool { return n.State == control.NodeStale })
+	slowest := slices.MinFunc(append(alive, control.NodeStatus{}), func(a, b control.NodeStatus) int { return cmp.Compare(a.SkewMS, b.SkewMS) })
 	switch seconds := float64(d.ClockBehindMS) / 1000; {
 	case d.ClockBehindMS > skewWarn && (d.Role == string(failover.Active) || d.Role == string(failover.Always)):
 		f.State, f.Detail = checkWarn, fmt.Sprintf("%.1f s behind the group's: peers that were another node's before ignore this one's handshakes for so long", seconds)
 	case d.ClockBehindMS > skewWarn:
 		f.State, f.Detail = checkFail, fmt.Sprintf("%.1f s behind the group's: peers would ignore the handshakes of this node for so long", seconds)
+	case d.ClockBehindMS > skewNote:
+		f.State, f.Detail = checkWarn, fmt.Sprintf("%d ms behind the group's: peers that had a handshake so shortly before a promotion would ignore this node's first one", d.ClockBehindMS)
 	case -slowest.SkewMS > skewWarn:
 		f.State, f.Detail = checkWarn, fmt.Sprintf("%.1f s ahead of %s's: peers would ignore the handshakes of that node for so long", float64(-slowest.SkewMS)/1000, slowest.Name)
 	}
@@ -324,7 +354,11 @@ func checkFeed(d control.DeviceStatus) []finding {
 		}
 	}
 	if len(d.Feed.Nodes) == 0 {
-		add(checkWarn, "no other node has been heard", "start wgroam on the other gateways of the group")
+		state := checkWarn
+		if d.Role == string(failover.Standby) {
+			state = checkFail // it knows nothing of the peers
+		}
+		add(state, "no other node has been heard", "start wgroam on the other gateways of the group, with the same private key and secret_file")
 	}
 	for _, r := range []struct{ reason, do string }{
 		{"skew", "keep all nodes on NTP: what claims to be from the future is refused"},

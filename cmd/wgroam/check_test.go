@@ -5,6 +5,7 @@ package main
 import (
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/control"
@@ -44,14 +45,26 @@ func TestCheckStatus(t *testing.T) {
 		"behind": {func(d *control.DeviceStatus) {
 			d.Role, d.Failover.State, d.ClockBehindMS = "standby", failover.StateQuiet, 9000
 		}, "clock", checkFail},
-		"active and behind": {func(d *control.DeviceStatus) { d.Role, d.ClockBehindMS = "active", 9000 }, "clock", checkWarn},
-		"a little behind":   {func(d *control.DeviceStatus) { d.ClockBehindMS = 300 }, "", ""},
-		"not quiet":         {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateIdle }, "failover", checkFail},
-		"quiet":             {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateQuiet }, "", ""},
-		"from the future":   {func(d *control.DeviceStatus) { d.Feed.Refused = map[string]uint64{"skew": 1, "auth": 1} }, "feed", checkWarn},
-		"alone":             {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
-		"unheard":           {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
-		"disconnected":      {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
+		"active and behind": {func(d *control.DeviceStatus) {
+			d.Role, d.Failover.State, d.ClockBehindMS = "active", failover.StateOpen, 9000
+		}, "clock", checkWarn},
+		"a little behind": {func(d *control.DeviceStatus) { d.ClockBehindMS = 300 }, "clock", checkWarn},
+		"hardly behind":   {func(d *control.DeviceStatus) { d.ClockBehindMS = 30 }, "", ""},
+		"not active":      {func(d *control.DeviceStatus) { d.Role = "active" }, "failover", checkFail},
+		"being promoted":  {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "active", failover.StatePromoting }, "", ""},
+		"not known yet":   {func(d *control.DeviceStatus) { d.Role, d.RoleSince = "unknown", time.Now() }, "role", checkWarn},
+		"never known":     {func(d *control.DeviceStatus) { d.Role, d.RoleSince = "unknown", time.Now().Add(-time.Minute) }, "role", checkFail},
+		"left alone":      {func(d *control.DeviceStatus) { d.Role, d.Failover.Error = "active", "no netlink" }, "failover", checkFail},
+		"yields":          {func(d *control.DeviceStatus) { d.Failover.Yields = "gw-b" }, "keepalived", checkWarn},
+		"not quiet":       {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateIdle }, "failover", checkFail},
+		"quiet":           {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateQuiet }, "", ""},
+		"from the future": {func(d *control.DeviceStatus) { d.Feed.Refused = map[string]uint64{"skew": 1, "auth": 1} }, "feed", checkWarn},
+		"alone":           {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
+		"unheard":         {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
+		"a standby unheard": {func(d *control.DeviceStatus) {
+			d.Role, d.Failover.State, d.Feed.Nodes = "standby", failover.StateQuiet, nil
+		}, "feed", checkFail},
+		"disconnected": {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
 		"keepalived": {func(d *control.DeviceStatus) {
 			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Heard: true, Others: []string{"VI_2"}}
 		}, "", ""},
@@ -62,8 +75,11 @@ func TestCheckStatus(t *testing.T) {
 			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Error: "no FIFO"}
 		}, "keepalived", checkFail},
 		"keepalived's other instance": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "standby", Others: []string{"VI_2"}}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Others: []string{"VI_2"}}
 		}, "keepalived", checkFail},
+		"keepalived's other instance since": {func(d *control.DeviceStatus) {
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "standby", Others: []string{"VI_2"}}
+		}, "keepalived", checkWarn},
 		"keepalived's silence": {func(d *control.DeviceStatus) {
 			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1"}
 		}, "keepalived", checkWarn},
@@ -82,7 +98,7 @@ func TestCheckStatus(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := healthy()
 			c.spoil(&d)
-			behind := slices.Contains([]string{"waiting", "missing", "unheard", "stale", "syncing"}, name)
+			behind := slices.Contains([]string{"waiting", "missing", "unheard", "a standby unheard", "stale", "syncing", "yields"}, name)
 			if err := inStep(control.Status{Devices: []control.DeviceStatus{d}}); (err != nil) != behind {
 				t.Errorf("in step: %v", err)
 			}

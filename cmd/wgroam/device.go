@@ -145,6 +145,7 @@ type device struct {
 	mu      sync.Mutex
 	current *session // nil while there is no such link
 	keeper  *failover.Keeper
+	left    error // why there is no keeper, where there should be one
 	seen    bool  // there was one
 	problem error // why there is no session, or what went wrong last
 	// The memory of the group, kept while the link is away.

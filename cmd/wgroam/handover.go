@@ -89,7 +89,7 @@ func (d *daemon) handover(ctx context.Context, name, to string, tell func(contro
 	case len(found) == 0 && name == "":
 		return fmt.Errorf("%w: set role = \"auto\" for the device that is to be handed over", failover.ErrFixed)
 	case len(found) == 0:
-		return fmt.Errorf("this daemon has no device %s: wgroam status names those that it has", name)
+		return noDevice(name)
 	case len(found) > 1:
 		return errors.New("there are several devices: say which one with --device")
 	}
@@ -660,5 +660,8 @@ func handoverVerb(ctx context.Context, e env, args []string) error {
 		}
 		return err
 	})
+	if errors.Is(err, context.Canceled) {
+		return errors.New("the handover goes on: wgroam role shows what became of it")
+	}
 	return cmp.Or(err, failed)
 }

@@ -160,10 +160,12 @@ func (r *rehearsal) table(got reading) {
 	} else {
 		r.add("table", checkOK, detail, "", nil)
 	}
+	active := false
 	for _, n := range r.s.nodes() {
 		if n.Role != feed.RoleActive {
 			continue
 		}
+		active = true
 		detail := fmt.Sprintf("%d records, %d on %s, which is active: ", r.s.table.Len(), n.Records, n.Name)
 		switch n.State {
 		case applier.NodeSynced:
@@ -174,6 +176,9 @@ func (r *rehearsal) table(got reading) {
 			r.add("table", r.worse(), fmt.Sprintf("%swhat it saw in the last %.1f s is not known here", detail, time.Since(n.Heard).Seconds()),
 				"if it lives, see the lines of the feed; if not, promote", nil)
 		}
+	}
+	if r.standby && !active {
+		r.add("table", checkWarn, fmt.Sprintf("%d records, and no other node is active", r.s.table.Len()), "make one of the nodes active", nil)
 	}
 }
 
@@ -306,9 +311,14 @@ func (r *rehearsal) estimate(got reading) {
 
 // behind is by how much this host's clock is behind the furthest of the other nodes'. It
 // is no less: a heartbeat takes time.
-func (s *session) behind() time.Duration {
-	var most time.Duration
-	for _, n := range s.nodes() {
+func (s *session) behind() time.Duration { return furthest(s.nodes(), time.Now()) }
+
+func furthest(nodes []groupNode, now time.Time) (most time.Duration) {
+	for _, n := range nodes {
+		if n.State == applier.NodeStale {
+			// What it has stamped is so much older.
+			n.Skew -= now.Sub(n.Heard)
+		}
 		most = max(most, n.Skew)
 	}
 	return most

@@ -89,13 +89,16 @@ func (d *device) unkept(err error) {
 	d.found = true
 	if errors.Is(err, errKeep) {
 		d.log.Error("the device is left as it is; trying again", "err", err)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.left = err
 	}
 }
 
 func (d *device) setKeeper(k *failover.Keeper) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.keeper = k
+	d.keeper, d.left = k, nil
 }
 
 // aheadEvery is how often the ports of a standby without a device are looked at.
@@ -230,7 +233,7 @@ func (d *device) watchVIP(ctx context.Context) error {
 // vrrp passes on what keepalived says.
 func (d *daemon) vrrp(n failover.Notice) {
 	for _, dev := range d.devices {
-		if dev.cfg.VRRP != n.Name {
+		if dev.cfg.Role != config.RoleAuto || dev.cfg.VRRP == "" || dev.cfg.VRRP != n.Name {
 			continue
 		}
 		if err := dev.desk.Say(failover.ByVRRP, n.Role); err != nil {
@@ -239,16 +242,23 @@ func (d *daemon) vrrp(n failover.Notice) {
 	}
 }
 
+// roleOf returns the role of a word of the verb; empty for auto.
+func roleOf(word string) (failover.Role, error) {
+	switch role := failover.Role(word); role {
+	case failover.Active, failover.Standby:
+		return role, nil
+	case "auto":
+		return "", nil
+	}
+	return "", fmt.Errorf("%q is not a role to set: want active, standby, or auto to take the verb's word back", word)
+}
+
 // setRole gives the verb's word to a device, named as in the status, or to all
 // whose role is not fixed.
 func (d *daemon) setRole(name, word string) error {
-	role := failover.Role(word)
-	switch role {
-	case failover.Active, failover.Standby:
-	case "auto":
-		role = ""
-	default:
-		return fmt.Errorf("%q is not a role to set: want active, standby, or auto to take the verb's word back", word)
+	role, err := roleOf(word)
+	if err != nil {
+		return err
 	}
 	var errs []error
 	found := false
@@ -268,7 +278,7 @@ func (d *daemon) setRole(name, word string) error {
 	case !found && name == "":
 		return fmt.Errorf("%w: set role = \"auto\" for the devices that the verb is to decide on", failover.ErrFixed)
 	case !found:
-		return fmt.Errorf("this daemon has no device %s: wgroam status names those that it has", name)
+		return noDevice(name)
 	}
 	return errors.Join(errs...)
 }
@@ -280,12 +290,21 @@ func (d *device) setRole(role failover.Role) error {
 	}
 	defer d.handing.giving.Unlock()
 	// Nor does one whose end is not known count any more.
+	if role == "" {
+		d.yield("")
+	}
 	return errors.Join(d.mem.Offer(""), d.desk.Say(failover.ByVerb, role))
 }
 
 // keeperStatus adds what the keeper makes of the device.
 func (d *device) keeperStatus(out *control.Failover) {
 	out.Yields = d.yields()
+	d.mu.Lock()
+	left := d.left
+	d.mu.Unlock()
+	if left != nil {
+		out.Error = left.Error()
+	}
 	k := d.keeping()
 	out.State = k.State
 	if k.Err != nil {
@@ -303,12 +322,15 @@ func promotion(p failover.Promotion) control.Promotion {
 	}
 }
 
+// roleUnknown is the role in the status while there is none.
+const roleUnknown = "unknown"
+
 // roleStatus adds the role to the status.
 func (d *device) roleStatus(out *control.DeviceStatus) {
 	role, by, since := d.desk.Role()
 	out.Role, out.RoleBy, out.RoleSince = string(role), string(by), since
 	if role == "" {
-		out.Role = "unknown"
+		out.Role = roleUnknown
 	}
 	for _, a := range d.desk.Alarms() {
 		out.Alarms = append(out.Alarms, control.RoleAlarm{
@@ -340,6 +362,10 @@ func roleVerb(ctx context.Context, e env, args []string) error {
 	if err := parse(args); err != nil {
 		return err
 	}
+	if _, err := roleOf(word); err != nil && word != "" {
+		fmt.Fprintf(e.stderr, "wgroam role: %v\n", err)
+		return errUsage
+	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	var raw json.RawMessage
@@ -352,13 +378,16 @@ func roleVerb(ctx context.Context, e env, args []string) error {
 	if err != nil {
 		return err
 	}
-	if *asJSON {
-		_, err := fmt.Fprintf(e.stdout, "%s\n", raw)
-		return err
-	}
 	var status control.Status
 	if err := json.Unmarshal(raw, &status); err != nil {
 		return fmt.Errorf("answer of the daemon: %w", err)
+	}
+	if *device != "" && !slices.ContainsFunc(status.Devices, func(d control.DeviceStatus) bool { return where(d.Name, d.Netns) == *device }) {
+		return noDevice(*device)
+	}
+	if *asJSON {
+		_, err := fmt.Fprintf(e.stdout, "%s\n", raw)
+		return err
 	}
 	w := tabwriter.NewWriter(e.stdout, 0, 0, 2, ' ', 0)
 	for _, d := range status.Devices {
@@ -370,6 +399,11 @@ func roleVerb(ctx context.Context, e env, args []string) error {
 		}
 	}
 	return w.Flush()
+}
+
+// noDevice says that a name is of no device of the daemon.
+func noDevice(name string) error {
+	return fmt.Errorf("this daemon has no device %s: wgroam status names those that it has", name)
 }
 
 // roleLine is a device's role for people.

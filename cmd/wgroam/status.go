@@ -250,6 +250,9 @@ func printDevice(w *tabwriter.Writer, d control.DeviceStatus) {
 	if d.Failover.State != "" && d.Failover.State != failover.StateIdle || d.Failover.Error != "" {
 		fmt.Fprintf(w, "failover\t%s\n", withReason(d.Failover.State, d.Failover.Error))
 	}
+	if to := d.Failover.Yields; to != "" {
+		fmt.Fprintf(w, "  yields\tto %s, which keepalived is to prefer\n", to)
+	}
 	if p := d.Failover.Promotion; p != nil {
 		fmt.Fprintf(w, "  promotion\t%s ago, %s\n", time.Since(p.Began).Round(time.Second), promotionLine(*p))
 	}

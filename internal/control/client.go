@@ -140,6 +140,8 @@ func ask(ctx context.Context, path string, req request, read func(*bufio.Reader)
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return fmt.Errorf("the daemon on %s does not answer, see its log: %w", path, ctx.Err())
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, io.EOF), errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):

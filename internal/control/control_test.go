@@ -620,6 +620,18 @@ func TestClientErrors(t *testing.T) {
 		t.Errorf("the socket of a dead daemon: %v", err)
 	}
 
+	hanging := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", hanging)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	short, end := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer end()
+	if err := Get(short, hanging, VerbStatus, &out); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), hanging+" does not answer") {
+		t.Errorf("a daemon that hangs: %v", err)
+	}
+
 	ctx, cancel := context.WithCancel(t.Context())
 	err = Watch(ctx, path, false, func(json.RawMessage) error { cancel(); return nil })
 	if !errors.Is(err, context.Canceled) {
