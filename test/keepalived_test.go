@@ -69,10 +69,10 @@ func newKeepalived(t testing.TB, n *node, dir, recipe string, priority int, more
 	}
 	text, wgroam := string(raw), binary(t)
 	replace := map[string]string{
-		"/usr/local/sbin/wgroam role":         wgroam + " role --socket " + n.socket,
-		"/usr/local/sbin/wgroam check --feed": wgroam + " check --feed --socket " + n.socket,
-		"interface eth0":                      "interface lan0",
-		"priority 110":                        "priority " + strconv.Itoa(priority),
+		"/usr/local/sbin/wgroam check --elect": wgroam + " check --elect --socket " + n.socket,
+		"/usr/local/sbin/wgroam check --feed":  wgroam + " check --feed --socket " + n.socket,
+		"interface eth0":                       "interface lan0",
+		"priority 110":                         "priority " + strconv.Itoa(priority),
 	}
 	maps.Copy(replace, more)
 	for from, to := range replace {
@@ -289,6 +289,44 @@ func TestKeepalived(t *testing.T) {
 		p.standby.wire.none("the former active, after " + s.what)
 		if t.Failed() {
 			t.Fatal("after: ", s.what)
+		}
+	}
+}
+
+// TestKeepalivedHandover: keepalived moves the virtual IP when wgroam hands over, asked by
+// either node, and leaves it there.
+func TestKeepalivedHandover(t *testing.T) {
+	p := newVRRPPair(t)
+	for round, ask := range []func() *elected{
+		func() *elected { return p.active }, func() *elected { return p.standby },
+	} {
+		for i, c := range p.lab.Clients {
+			roam(t, c, i)
+		}
+		p.standby.wire.none("the standby, before it is handed the role")
+		asked := ask()
+		var steps []control.HandoverStep
+		out := p.measure(p.standby.gw, patience, func() (err error) {
+			steps, err = asked.handover(nil)
+			return err
+		})
+		t.Logf("round %d, asked on %s: %v; round trip %v: %v since it was asked for: %+v", round, asked.gw.Name, kinds, p.rtt, out, steps)
+		p.active, p.standby = p.standby, p.active
+		p.settled()
+		p.active.wire.fromVIP("the new active")
+		p.standby.wire.take()
+		for _, c := range p.lab.Clients {
+			ping(t, c)
+		}
+		p.standby.wire.none("the former active")
+		since := p.active.status().RoleSince
+		// It says so of itself, and may be elected again.
+		await(t, "the former active may be elected", func() (bool, string) {
+			out, err := exec.Command(binary(t), "check", "--elect", "--socket", p.standby.socket).CombinedOutput()
+			return err == nil, string(out)
+		})
+		if now := p.active.status().RoleSince; !now.Equal(since) {
+			t.Error("the role has moved again")
 		}
 	}
 }

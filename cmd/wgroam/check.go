@@ -39,6 +39,7 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	file := fs.String("config", "", "configuration `file` of the daemon")
 	socket := fs.String("socket", "", "control socket of the daemon (default that of --config, or else "+defaultSocket+")")
 	feedOnly := fs.Bool("feed", false, "print nothing, and exit 1 unless every device's table is that of the group: for keepalived")
+	electOnly := fs.Bool("elect", false, "print nothing, and exit 1 where no daemon answers, or one that is active hands its role over: for keepalived")
 	if err := parse(args); err != nil {
 		return err
 	}
@@ -51,7 +52,7 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	if *file != "" {
 		var err error
 		f := finding{Check: "config", State: checkOK, Detail: *file + " can be read"}
-		if cfg, err = config.Load(*file); err != nil && *feedOnly {
+		if cfg, err = config.Load(*file); err != nil && (*feedOnly || *electOnly) {
 			return err // or another daemon would be asked
 		} else if err != nil {
 			f = finding{Check: "config", State: checkFail, Detail: err.Error(), Do: "correct it: the daemon does not start with it"}
@@ -59,12 +60,18 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 		findings = append(findings, f)
 	}
 	path := cmp.Or(*socket, cfg.ControlSocket, defaultSocket)
-	if *feedOnly {
+	if *feedOnly || *electOnly {
 		var status control.Status
 		if err := control.Get(ctx, path, control.VerbStatus, &status); err != nil {
 			return err
 		}
-		return inStep(status)
+		if err := electable(status); *electOnly && err != nil {
+			return err
+		}
+		if *feedOnly {
+			return inStep(status)
+		}
+		return nil
 	}
 	var answer control.Check
 	switch err := control.Get(ctx, path, control.VerbCheck, &answer); {
@@ -284,6 +291,17 @@ func checkClock(d control.DeviceStatus) (finding, bool) {
 }
 
 const missingDevice = "create the device and give it its private key, or correct its name in the configuration"
+
+// electable returns an error where keepalived has to take the virtual IP away. Once the
+// node is a standby, it may be elected again.
+func electable(s control.Status) error {
+	for _, d := range s.Devices {
+		if to := d.Failover.Yields; to != "" && d.Role == string(failover.Active) {
+			return fmt.Errorf("%s: being handed over to %s", where(d.Name, d.Netns), to)
+		}
+	}
+	return nil
+}
 
 // inStep returns an error that says which tables may lack something that another
 // node knows. A device without a feed has nobody to be in step with.

@@ -55,6 +55,9 @@ func TestCheckStatus(t *testing.T) {
 		"not known yet":   {func(d *control.DeviceStatus) { d.Role, d.RoleSince = "unknown", time.Now() }, "role", checkWarn},
 		"never known":     {func(d *control.DeviceStatus) { d.Role, d.RoleSince = "unknown", time.Now().Add(-time.Minute) }, "role", checkFail},
 		"left alone":      {func(d *control.DeviceStatus) { d.Role, d.Failover.Error = "active", "no netlink" }, "failover", checkFail},
+		"hands over": {func(d *control.DeviceStatus) {
+			d.Role, d.Failover = "active", control.Failover{State: failover.StateOpen, Yields: "gw-b"}
+		}, "keepalived", checkWarn},
 		"yields":          {func(d *control.DeviceStatus) { d.Failover.Yields = "gw-b" }, "keepalived", checkWarn},
 		"not quiet":       {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateIdle }, "failover", checkFail},
 		"quiet":           {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateQuiet }, "", ""},
@@ -98,7 +101,10 @@ func TestCheckStatus(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := healthy()
 			c.spoil(&d)
-			behind := slices.Contains([]string{"waiting", "missing", "unheard", "a standby unheard", "stale", "syncing", "yields"}, name)
+			behind := slices.Contains([]string{"waiting", "missing", "unheard", "a standby unheard", "stale", "syncing", "yields", "hands over"}, name)
+			if err := electable(control.Status{Devices: []control.DeviceStatus{d}}); (err != nil) != (name == "hands over") {
+				t.Errorf("electable: %v", err)
+			}
 			if err := inStep(control.Status{Devices: []control.DeviceStatus{d}}); (err != nil) != behind {
 				t.Errorf("in step: %v", err)
 			}

@@ -322,7 +322,7 @@ func (s *session) flush(ctx context.Context) {
 func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by failover.Source, tell func(step, detail string)) error {
 	if by == failover.ByVRRP {
 		d.yield(to.Name)
-		tell("ready", to.Name+" has every endpoint; wgroam check --feed fails here now, so that keepalived prefers it")
+		tell("ready", to.Name+" has every endpoint; wgroam check --elect and --feed fail here now, so that keepalived prefers it")
 	} else {
 		tell("ready", to.Name+" has every endpoint; move the virtual IP there now")
 	}
@@ -346,7 +346,7 @@ func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by fa
 		return fmt.Errorf("this node is a standby, and %s does not say that it is active: look where the virtual IP is", to.Name)
 	case by == failover.ByVRRP:
 		d.yield("")
-		return fmt.Errorf("keepalived has not moved the virtual IP within %v: let it track wgroam check --feed with a weight, on both nodes, and without nopreempt", movedWithin)
+		return fmt.Errorf("keepalived has not moved the virtual IP within %v: let it track wgroam check --elect, as in contrib/keepalived", movedWithin)
 	}
 	return fmt.Errorf("nobody has moved the virtual IP to %s within %v, and nothing has changed", to.Name, movedWithin)
 }
