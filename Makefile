@@ -129,10 +129,10 @@ generate: ## Compile the BPF programs and make their Go bindings
 deps: ## Install what the tests need (root on Debian or Ubuntu), or say what is missing
 	@test/tools/deps $(TOOLS) $(GOLANGCI_VERSION) $(NATSCLI_VERSION)
 
-install: build ## Install wgroam and its systemd unit under PREFIX
+install: build ## Install wgroam and its systemd units under PREFIX
 	install -D bin/wgroam $(DESTDIR)$(PREFIX)/sbin/wgroam
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
-	sed 's|/usr/local/sbin/|$(PREFIX)/sbin/|' contrib/systemd/wgroam.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/wgroam.service
+	for unit in wgroam wgroam-shut; do sed 's|/usr/local/sbin/|$(PREFIX)/sbin/|' contrib/systemd/$$unit.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit.service || exit; done
 
 clean: ## Delete what was built and downloaded
 	rm -rf bin .cache

@@ -364,6 +364,17 @@ func ShutAhead(space *wg.Space, device string, m *Memory) error {
 	return shutPorts(newGate(space, device), m, ports)
 }
 
+// ShutAtBoot shuts the ports that a device had before the host was started, so that it is
+// quiet until a Keeper knows its role. It does nothing once a Desk or a Keeper has had that
+// memory since: then the gate is as they left it. Nothing is written into the memory, which
+// may be another user's.
+func ShutAtBoot(space *wg.Space, device string, m *Memory) (ports []int, err error) {
+	if ports = m.ports(); !m.former || len(ports) == 0 {
+		return nil, nil
+	}
+	return ports, newGate(space, device).shut(ports...)
+}
+
 // take takes from the device what must not act on a standby, and remembers it
 // first.
 func (k *Keeper) take(dev wg.Device, up bool) error {

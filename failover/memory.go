@@ -29,8 +29,9 @@ import (
 //
 // A Memory is safe for concurrent use.
 type Memory struct {
-	path string
-	boot string
+	path   string
+	boot   string
+	former bool // the file is of an earlier boot
 
 	mu        sync.Mutex
 	data      memory
@@ -111,7 +112,7 @@ func OpenMemory(dir, device string) (*Memory, error) {
 	if err != nil {
 		return m, fmt.Errorf("read %s: %w", m.path, errors.Join(err, os.Rename(m.path, m.path+".refused")))
 	}
-	if m.data.Ports = read.Ports; read.Boot == m.boot {
+	if m.data.Ports, m.former = read.Ports, read.Boot != m.boot; !m.former {
 		m.data = read
 	}
 	return m, nil

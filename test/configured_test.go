@@ -3,6 +3,7 @@
 package test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -224,6 +225,32 @@ PersistentKeepalive = 1
 	awaitQuietDevice(t, h, name, mode)
 	n.awaitState("quiet")
 	wire.none(mode + ", made after the daemon began")
+
+	// And before it begins.
+	n.stop()
+	at(t, h, "wg-quick", "down", conf)
+	at(t, h, "nft", "flush", "ruleset")
+	shut := func(want string) {
+		t.Helper()
+		if out := at(t, h, binary(t), "shut", "--config", n.file); out != want {
+			t.Errorf("wgroam shut says %q, want %q", out, want)
+		}
+	}
+	shut("") // it was this boot in which the daemon ran
+	memory := filepath.Join(dir, "failover-"+name+".json")
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	must(t, err)
+	said, err := os.ReadFile(memory)
+	must(t, err)
+	must(t, os.WriteFile(memory, bytes.Replace(said, bytes.TrimSpace(boot), []byte("another"), 1), 0o600))
+	shut(name + " is quiet until wgroam runs\n")
+	at(t, h, "wg-quick", "up", conf)
+	speak(t, h, target)
+	n.process = start(t, h, nil, "run", "--config", n.file)
+	awaitQuietDevice(t, h, name, mode)
+	n.awaitState("quiet")
+	speak(t, h, target)
+	wire.none(mode + ", made before the daemon began")
 
 	if err := l.MoveVIP(h); err != nil {
 		t.Fatal(err)

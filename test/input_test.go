@@ -39,7 +39,7 @@ func TestUsage(t *testing.T) {
 		status int
 		says   []string
 	}{
-		"nothing":        {nil, 2, []string{"usage: wgroam VERB", "run", "watch", "status", "peers", "check", "demo", "version"}},
+		"nothing":        {nil, 2, []string{"usage: wgroam VERB", "run", "watch", "status", "peers", "check", "shut", "demo", "version"}},
 		"help":           {[]string{"help"}, 0, nil},
 		"unknown verb":   {[]string{"walk"}, 2, []string{`unknown verb "walk"`}},
 		"unknown flag":   {[]string{"run", "--frob"}, 2, []string{"-frob"}},

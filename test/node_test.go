@@ -76,6 +76,13 @@ func await(t testing.TB, what string, cond func() (bool, string)) {
 	awaitFor(t, patience, what, cond)
 }
 
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // awaitFor is await where more patience is due.
 func awaitFor(t testing.TB, patience time.Duration, what string, cond func() (bool, string)) {
 	t.Helper()

@@ -152,12 +152,16 @@ func TestUnitFile(t *testing.T) {
 	}
 
 	// The command has to be there.
-	unit := filepath.Join(t.TempDir(), "wgroam.service")
-	if err := os.WriteFile(unit, []byte(strings.Replace(text, "/usr/local/sbin/wgroam", binary(t), 1)), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command("systemd-analyze", "verify", unit).CombinedOutput(); err != nil || len(out) > 0 {
-		t.Errorf("systemd-analyze: %v: %s", err, out)
+	dir := t.TempDir()
+	for _, name := range []string{"wgroam.service", "wgroam-shut.service"} {
+		unit := filepath.Join(dir, name)
+		text := strings.Replace(read(t, "contrib/systemd/"+name), "/usr/local/sbin/wgroam", binary(t), 1)
+		if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command("systemd-analyze", "verify", unit).CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("systemd-analyze %s: %v: %s", name, err, out)
+		}
 	}
 }
 
