@@ -44,7 +44,9 @@ type Desk struct {
 	started time.Time
 	old     bool      // the word of ByVRRP was said to an earlier daemon
 	since   time.Time // of the role
-	heard   time.Time // the last authenticated packet that a standby got
+	heard   time.Time // the last packet of peers that a standby got
+	dropped int64     // of them, those that the gate has dropped
+	first   time.Time // the first of those
 	watches map[Alarm]*watch
 }
 
@@ -139,10 +141,28 @@ func (d *Desk) Changed() <-chan struct{} { return d.changed }
 func (d *Desk) Heard(at time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.talk("peers talk to this node", at)
+}
+
+// talk notes what peers say to a standby. d.mu is held.
+func (d *Desk) talk(detail string, at time.Time) {
 	// What comes before the device is quiet is still the former active's.
 	if role, _ := d.words.decide(); role == Standby && at.Sub(d.since) > settle {
 		d.heard = at
-		d.see(AlarmTraffic, "peers talk to this node", at, 0)
+		d.see(AlarmTraffic, detail, at, 0)
+	}
+}
+
+// Dropped notes that so many packets have come to a standby's device that its gate has
+// dropped. Nobody has authenticated them: a few may be a stranger's.
+func (d *Desk) Dropped(packets int64, at time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if at.Sub(d.first) > trafficFor || d.first.Before(d.since.Add(settle)) {
+		d.dropped, d.first = 0, at
+	}
+	if d.dropped += packets; d.dropped >= strangers {
+		d.talk("what WireGuard sends comes to this node, and is dropped", at)
 	}
 }
 

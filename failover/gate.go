@@ -139,6 +139,9 @@ func (g *gate) shut(ports ...int) error {
 		}{{"out", nftables.ChainHookOutput, 0}, {"in", nftables.ChainHookInput, 2}} {
 			chain := g.chain(conn, way.name, way.hook)
 			for _, port := range ports {
+				if way.name == "in" {
+					g.count(conn, chain, port)
+				}
 				conn.AddRule(&nftables.Rule{
 					Table: g.table, Chain: chain,
 					Exprs:    append(udpPort(way.offset, port), &expr.Verdict{Kind: expr.VerdictDrop}),
@@ -156,6 +159,47 @@ func (g *gate) shut(ports ...int) error {
 			},
 		})
 	})
+}
+
+// talk marks the rules that count what peers say to a port that is shut.
+const talk = "wgroam: what peers say here"
+
+// count counts what looks like a handshake's beginning or like data, and comes in
+// (messages.h, MESSAGE_HANDSHAKE_INITIATION and MESSAGE_DATA).
+func (g *gate) count(conn *nftables.Conn, chain *nftables.Chain, port int) {
+	for _, kind := range []byte{1, 4} {
+		conn.AddRule(&nftables.Rule{
+			Table: g.table, Chain: chain,
+			Exprs: append(udpPort(2, port),
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 8, Len: 4},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{kind, 0, 0, 0}},
+				&expr.Counter{}),
+			UserData: userdata.AppendString(nil, userdata.TypeComment, talk),
+		})
+	}
+}
+
+// heard returns how many such packets have come since the gate was shut.
+func (g *gate) heard() (packets uint64) {
+	_ = g.space.Do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		rules, err := conn.GetRules(g.table, &nftables.Chain{Name: "in"})
+		for _, r := range rules {
+			if says, _ := userdata.GetString(r.UserData, userdata.TypeComment); says != talk {
+				continue
+			}
+			for _, e := range r.Exprs {
+				if c, ok := e.(*expr.Counter); ok {
+					packets += c.Packets
+				}
+			}
+		}
+		return err
+	})
+	return packets
 }
 
 // from gives all that WireGuard sends one of the addresses as its source, whatever

@@ -141,6 +141,19 @@ func TestGate(t *testing.T) {
 		want("in, shut", pass(free, guarded, "10.9.9.1", port), "")
 		want("in, shut, IPv6", pass(free, guarded, "fd09::1", port), "")
 		want("another port", pass(free, free, "10.9.9.1", other), "10.9.9.1")
+		if n := g.heard(); n != 0 {
+			t.Errorf("%d packets of WireGuard are counted, and there were none", n)
+		}
+		for _, says := range []string{"\x01\x00\x00\x00hello", "\x04\x00\x00\x00data", "\x02\x00\x00\x00no", "\x04\x00\x01\x00no"} {
+			for _, dst := range []string{"10.9.9.1", "fd09::1"} {
+				if _, err := free.WriteToUDPAddrPort([]byte(says), netip.AddrPortFrom(netip.MustParseAddr(dst), port)); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		if n := g.heard(); n != 4 {
+			t.Errorf("%d packets of WireGuard are counted, want 4", n)
+		}
 		if enters("wg0") || !enters("wg01") {
 			t.Error("shut, something enters the tunnel, or nothing another one")
 		}

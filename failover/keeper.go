@@ -76,6 +76,7 @@ type Keeper struct {
 	raised time.Time // when somebody set it up
 	known  []contact // of a standby, at the last dump
 	told   time.Time // when the progress was last told
+	heard  int64     // packets that the shut gate had dropped at the last step; negative if not known
 
 	answers atomic.Pointer[wgroam.Changes] // not taken yet; nil unless peers are being called
 
@@ -212,7 +213,7 @@ func (k *Keeper) Step(ctx context.Context) {
 			// Fresh, it was down a moment ago.
 			k.dumped, k.low, k.raised = time.Time{}, k.cfg.Fresh && k.role == "", time.Time{}
 		}
-		k.role = role
+		k.role, k.heard = role, -1
 		k.acts("")
 	}
 	var (
@@ -293,6 +294,7 @@ func (k *Keeper) quiet() error {
 	case gateErr != nil:
 		gateErr = fmt.Errorf("only the link keeps the device quiet, and whoever sets it up makes it speak: %w", gateErr)
 	}
+	k.listen()
 	if link.Up && k.low {
 		k.raised = time.Now()
 	}
@@ -311,6 +313,15 @@ func (k *Keeper) quiet() error {
 		return errors.Join(gateErr, errDown)
 	}
 	return gateErr
+}
+
+// listen tells the desk of peers that talk to a standby, which the gate keeps from the
+// device. It shuts those of before out as well: the first count is where it begins.
+func (k *Keeper) listen() {
+	now, before := int64(k.gate.heard()), k.heard
+	if k.heard = now; before >= 0 && now > before {
+		k.cfg.Desk.Dropped(now-before, time.Now())
+	}
 }
 
 // dump reads the device.

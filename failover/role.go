@@ -92,7 +92,8 @@ const (
 	AlarmConflict Alarm = "conflict"
 	// AlarmTwoActives: another node of the group says that it is active, too.
 	AlarmTwoActives Alarm = "two_actives"
-	// AlarmTraffic: peers talk to this node, which is a standby.
+	// AlarmTraffic: peers talk to this node, which is a standby: authenticated packets, or
+	// such that its gate drops.
 	AlarmTraffic Alarm = "traffic"
 )
 
@@ -105,6 +106,9 @@ const (
 	settle = 3 * time.Second
 	// trafficFor is how long the last packet to a standby is remembered.
 	trafficFor = time.Minute
+	// strangers is how many packets within that time are more than a stranger's, who looks
+	// for open ports.
+	strangers = 5
 )
 
 // Raised is an alarm that is up.

@@ -240,4 +240,13 @@ func TestAlarms(t *testing.T) {
 	want("a packet", look(0), "traffic: peers talk to this node")
 	want("still remembered", look(trafficFor), "traffic: peers talk to this node")
 	want("forgotten", look(1), "")
+
+	const dropped = "traffic: what WireGuard sends comes to this node, and is dropped"
+	d.Dropped(strangers-1, now)
+	want("a stranger", look(0), "")
+	d.Dropped(strangers-1, now.Add(trafficFor+1))
+	want("another, later", look(0), "")
+	d.Dropped(1, now.Add(trafficFor+1))
+	want("peers whose packets are dropped", look(trafficFor), dropped)
+	want("forgotten as well", look(trafficFor+2), "")
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -141,6 +142,39 @@ func TestRole(t *testing.T) {
 		if out, err := h.role(args...); err == nil || !strings.Contains(out, "no device wg9") {
 			t.Errorf("wgroam role for a device that is not there: %v: %s", err, out)
 		}
+	}
+}
+
+// TestTraffic: peers that talk to a standby are noticed, though its gate lets nothing in.
+func TestTraffic(t *testing.T) {
+	for _, mode := range []string{"down", "silent"} {
+		t.Run(mode, func(t *testing.T) {
+			l := newLab(t, lab.Config{})
+			a, c, dir := l.Gateways[0], l.Clients[0], t.TempDir()
+			const listen = "127.0.0.1:9586"
+			n := startNode(t, a, dir, roleConfig(a, dir, fmt.Sprintf("role = \"auto\"\nstandby = %q", mode), fmt.Sprintf("[metrics]\nlisten = %q\n", listen)))
+			n.mustRole("active")
+			n.awaitState("open")
+			ping(t, c)
+			n.awaitAlarms()
+			// The address stays here, as where a route or a cloud leads it to the wrong node.
+			n.mustRole("standby")
+			n.awaitState("quiet")
+			await(t, "the alarm", func() (bool, string) {
+				must(t, c.Send(1))
+				s := n.status()
+				return len(s.Alarms) == 1 && s.Alarms[0].Alarm == "traffic", fmt.Sprintf("%+v", s.Alarms)
+			})
+			n.says("alarm=traffic")
+			n.awaitFinding("role", "traffic")
+			raised := regexp.MustCompile(`(?m)^wgroam_role_alarm\{.*alarm="traffic".* 1$`)
+			if m, _ := scrape(t, a, listen); !raised.MatchString(m) {
+				t.Errorf("the metrics do not say so:\n%s", m)
+			}
+			n.mustRole("active")
+			n.awaitAlarms()
+			reach(t, c)
+		})
 	}
 }
 
