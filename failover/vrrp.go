@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -129,31 +130,57 @@ func (f *FIFO) Heard() (names []string, err error) {
 	return slices.Sorted(maps.Keys(f.names)), f.err
 }
 
+// CheckFIFO tells why a FIFO could not be made, or read, at path; nil if it could.
+func CheckFIFO(path string) error {
+	f, _, err := openFIFO(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := unix.Access(filepath.Dir(path), unix.W_OK|unix.X_OK); err != nil {
+			return fmt.Errorf("no FIFO can be made in %s: %w", filepath.Dir(path), err)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// openFIFO opens the FIFO at path, if it is one and may be trusted.
+func openFIFO(path string) (*os.File, fs.FileInfo, error) {
+	// For writing, too: so there is always a writer, and no end of file when
+	// keepalived restarts. The runtime polls what does not block.
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, nil, fmt.Errorf("%w: let this user read and write it, or start wgroam before keepalived", err)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	here, err := f.Stat()
+	switch {
+	case err != nil:
+	case here.Mode().Type() != fs.ModeNamedPipe:
+		err = errors.New("there is a file that is not a FIFO: remove it, or correct keepalived.fifo")
+	case here.Mode().Perm()&0o002 != 0:
+		err = fmt.Errorf("everybody may write to it (%v), and make this node active: remove it, or chmod o-w", here.Mode().Perm())
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, here, nil
+}
+
 // readFIFO reads one FIFO until it is not at path any more, which is no error.
 func readFIFO(ctx context.Context, path string, opened func(), each func(Notice)) error {
 	if err := unix.Mkfifo(path, 0o600); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make it: %w", err)
 	}
-	// For writing, too: so there is always a writer, and no end of file when
-	// keepalived restarts. The runtime polls what does not block.
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
-	if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("%w: let this user read and write it, or start wgroam before keepalived", err)
-	}
+	f, here, err := openFIFO(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	here, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if here.Mode().Type() != fs.ModeNamedPipe {
-		return errors.New("there is a file that is not a FIFO: remove it, or correct keepalived.fifo")
-	}
-	if here.Mode().Perm()&0o002 != 0 {
-		return fmt.Errorf("everybody may write to it (%v), and make this node active: remove it, or chmod o-w", here.Mode().Perm())
-	}
 	opened()
 	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()

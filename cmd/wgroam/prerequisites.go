@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam/bpf"
+	"github.com/wgroam/wgroam/failover"
 	"github.com/wgroam/wgroam/internal/config"
 	"github.com/wgroam/wgroam/internal/privilege"
 	"github.com/wgroam/wgroam/internal/wg"
@@ -132,6 +133,13 @@ func checkConfig(ctx context.Context, cfg config.Config) []finding {
 	}
 	add("snapshot", writable(cfg.StateDir), checkWarn, cfg.StateDir+" can be written",
 		"let wgroam write there, or set state.dir: without it the table is in memory only")
+	if fifo := cfg.KeepalivedFIFO; fifo != "" {
+		err, state := failover.CheckFIFO(fifo), checkFail
+		if errors.Is(err, fs.ErrNotExist) {
+			state = checkWarn // systemd makes /run/wgroam when it starts the daemon
+		}
+		add("keepalived", err, state, fifo+" is a FIFO, or can be made one", "make its directory, which wgroam does not, or correct keepalived.fifo")
+	}
 	if cfg.NATS.Listen != "" {
 		add("feed", free(ctx, cfg.NATS.Listen), checkFail, cfg.NATS.Listen+" can be listened on", "free the address, or correct nats.listen")
 	}

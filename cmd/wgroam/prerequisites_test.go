@@ -3,11 +3,14 @@
 package main
 
 import (
+	"errors"
 	"maps"
 	"net"
 	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam/internal/config"
 )
@@ -66,5 +69,26 @@ func TestCheckConfig(t *testing.T) {
 	}), map[string]int{"snapshot ok": 1, "metrics ok": 1, "feed ok": 3})
 	if _, err := os.Stat(filepath.Join(dir, "not")); err == nil {
 		t.Error("it made the directory")
+	}
+
+	fifo := filepath.Join(dir, "fifo")
+	for _, c := range []struct{ what, path, state string }{
+		{"no directory", filepath.Join(dir, "not", "fifo"), checkWarn},
+		{"a file", file, checkFail},
+		{"none yet", fifo, checkOK},
+	} {
+		same(c.what, check(config.Config{StateDir: dir, KeepalivedFIFO: c.path}), map[string]int{"snapshot ok": 1, "keepalived " + c.state: 1})
+	}
+	if _, err := os.Stat(fifo); err == nil {
+		t.Error("it made the FIFO")
+	}
+	for mode, state := range map[os.FileMode]string{0o622: checkFail, 0o600: checkOK} {
+		if err := errors.Join(unix.Mkfifo(fifo, 0o600), os.Chmod(fifo, mode)); err != nil {
+			t.Fatal(err)
+		}
+		same(mode.String(), check(config.Config{StateDir: dir, KeepalivedFIFO: fifo}), map[string]int{"snapshot ok": 1, "keepalived " + state: 1})
+		if err := os.Remove(fifo); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
