@@ -39,6 +39,8 @@ const (
 	// wantWithin is how long a standby waits for the active to hand over: to prepare takes
 	// that 20 seconds at most.
 	wantWithin = movedWithin + takenWithin + 25*time.Second
+	// lastWithin is how long the last roams may take to be read.
+	lastWithin = 50 * time.Millisecond
 	// givingWithin is how long somebody may look whether a handover was interrupted.
 	givingWithin = 100 * time.Millisecond
 	// maxTickets bounds the tickets that are good at once.
@@ -236,7 +238,7 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 	err = await(ctx, func() bool { return d.acts() == failover.Standby })
 	if err == nil {
 		tell("quiet", d.d.cfg.Node+" is a standby")
-		s.tracker.Sync(ctx) // nothing comes any more
+		s.lastRoams(ctx)
 		s.flush(ctx)
 		r, err = s.feed.Consult(ctx, to.ID, feed.Question{Step: feed.StepTake, Ticket: r.Ticket})
 	}
@@ -311,6 +313,14 @@ func (s *session) catchUp(ctx context.Context) {
 	_ = await(ctx, func() bool { return s.tracker.Sync(ctx) })
 }
 
+// lastRoams has the table get what has come since catchUp, when nothing comes any more. The
+// peers wait meanwhile, and a device of many takes long to read.
+func (s *session) lastRoams(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, lastWithin)
+	defer cancel()
+	s.tracker.Sync(ctx)
+}
+
 // flush sends what waits to be sent, or gives up after a while.
 func (s *session) flush(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, equalWithin)
@@ -334,7 +344,7 @@ func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by fa
 		if !gone && role != failover.Active {
 			gone = true
 			tell("quiet", d.d.cfg.Node+" is a standby")
-			s.tracker.Sync(ctx)
+			s.lastRoams(ctx)
 		}
 		return gone && s.isActive(to.ID.String())
 	})
