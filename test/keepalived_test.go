@@ -279,6 +279,12 @@ func TestKeepalived(t *testing.T) {
 		p.active.awaitState("open")
 		p.active.awaitAlarms(s.alarms...)
 		p.active.wire.fromVIP("the new active, after " + s.what)
+		if s.alarms != nil {
+			await(t, "check says that keepalived is silent", func() (bool, string) { return deaf(p.standby), "" })
+		}
+		if deaf(p.active) {
+			t.Error("check says that the new active's keepalived is silent")
+		}
 
 		s.mend(p.standby)
 		p.settled()
@@ -291,6 +297,13 @@ func TestKeepalived(t *testing.T) {
 			t.Fatal("after: ", s.what)
 		}
 	}
+}
+
+// deaf reports whether check says that keepalived does not ask.
+func deaf(e *elected) bool {
+	return slices.ContainsFunc(e.check().Checks, func(f control.Finding) bool {
+		return f.Check == "keepalived" && f.State == control.CheckWarn && strings.Contains(f.Detail, "check --elect")
+	})
 }
 
 // TestKeepalivedHandover: keepalived moves the virtual IP when wgroam hands over, asked by

@@ -62,7 +62,11 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	path := cmp.Or(*socket, cfg.ControlSocket, defaultSocket)
 	if *feedOnly || *electOnly {
 		var status control.Status
-		if err := control.Get(ctx, path, control.VerbStatus, &status); err != nil {
+		verb := control.VerbStatus
+		if *electOnly {
+			verb = control.VerbElect
+		}
+		if err := control.Get(ctx, path, verb, &status); err != nil {
 			return err
 		}
 		if err := electable(status); *electOnly && err != nil {
@@ -204,6 +208,10 @@ func checkDevice(d control.DeviceStatus) []finding {
 			add("keepalived", checkWarn, fmt.Sprintf("has said nothing of %q since the daemon started", k.Name),
 				"start or reload keepalived, with vrrp_notify_fifo "+k.FIFO+" and fifo_write_vrrp_states_on_reload: see contrib/keepalived")
 		}
+	}
+	if k := d.Keepalived; k != nil && !k.Tracks {
+		add("keepalived", checkWarn, "does not ask wgroam check --elect: it is dead, or would elect this node when wgroam is",
+			"start keepalived, and let it track that as in contrib/keepalived")
 	}
 	if to := d.Failover.Yields; to != "" {
 		add("keepalived", checkWarn, "prefers "+to+" since a handover: check --feed fails here", "have "+to+" hand over to this node, or take that back with wgroam role auto")

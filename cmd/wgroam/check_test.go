@@ -69,22 +69,25 @@ func TestCheckStatus(t *testing.T) {
 		}, "feed", checkFail},
 		"disconnected": {func(d *control.DeviceStatus) { d.Feed.Connections[0].Connected = false }, "feed", checkFail},
 		"keepalived": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Heard: true, Others: []string{"VI_2"}}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Tracks: true, Says: "active", Heard: true, Others: []string{"VI_2"}}
 		}, "", ""},
 		"keepalived before": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active"}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Tracks: true, Says: "active"}
 		}, "", ""},
 		"keepalived's FIFO": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Error: "no FIFO"}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Tracks: true, Says: "active", Error: "no FIFO"}
 		}, "keepalived", checkFail},
 		"keepalived's other instance": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Others: []string{"VI_2"}}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Tracks: true, Others: []string{"VI_2"}}
 		}, "keepalived", checkFail},
 		"keepalived's other instance since": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "standby", Others: []string{"VI_2"}}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Tracks: true, Says: "standby", Others: []string{"VI_2"}}
+		}, "keepalived", checkWarn},
+		"keepalived's death": {func(d *control.DeviceStatus) {
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Says: "active", Heard: true}
 		}, "keepalived", checkWarn},
 		"keepalived's silence": {func(d *control.DeviceStatus) {
-			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1"}
+			d.Keepalived = &control.Keepalived{FIFO: "/run/fifo", Name: "VI_1", Tracks: true}
 		}, "keepalived", checkWarn},
 		"keys are rolled": {func(d *control.DeviceStatus) {
 			c := d.Feed.Connections[0]

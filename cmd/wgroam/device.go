@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -40,6 +41,7 @@ type daemon struct {
 	public  *events.Publisher // nil unless roams are published for other programs
 	devices []*device
 	fifo    *failover.FIFO // not read without a path
+	elected atomic.Int64   // when keepalived's script asked last, in nanoseconds since 1970
 	serving chan struct{}  // closed when there is a server
 
 	mu        sync.Mutex

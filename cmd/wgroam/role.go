@@ -230,6 +230,22 @@ func (d *device) watchVIP(ctx context.Context) error {
 	})
 }
 
+// trackedWithin is how long it may take until keepalived's script asks again.
+const trackedWithin = 5 * time.Second
+
+// elect is the status for keepalived's script, by which keepalived learns that this daemon
+// is alive, and this daemon that keepalived is.
+func (d *daemon) elect() control.Status {
+	d.elected.Store(time.Now().UnixNano())
+	return d.status()
+}
+
+// tracked reports whether keepalived's script asks; also while it has not had the time to.
+func (d *daemon) tracked(now time.Time) bool {
+	last := time.Unix(0, d.elected.Load())
+	return now.Sub(last) < trackedWithin || now.Sub(d.started) < trackedWithin
+}
+
 // vrrp passes on what keepalived says.
 func (d *daemon) vrrp(n failover.Notice) {
 	for _, dev := range d.devices {
@@ -344,6 +360,7 @@ func (d *device) roleStatus(out *control.DeviceStatus) {
 	out.Keepalived = &control.Keepalived{
 		FIFO: d.d.fifo.Path, Name: d.cfg.VRRP, Says: string(d.desk.Said(failover.ByVRRP)), Heard: slices.Contains(names, d.cfg.VRRP),
 		Others: slices.DeleteFunc(names, func(n string) bool { return n == d.cfg.VRRP }),
+		Tracks: d.d.tracked(time.Now()),
 	}
 	if err != nil {
 		out.Keepalived.Error = err.Error()

@@ -101,3 +101,25 @@ func TestFurthest(t *testing.T) {
 		}
 	}
 }
+
+// TestTracked: keepalived's script has to ask again and again, once it had the time to.
+func TestTracked(t *testing.T) {
+	now := time.Now()
+	for name, c := range map[string]struct {
+		started, asked time.Duration // ago; asked 0 for never
+		want           bool
+	}{
+		"just started": {time.Second, 0, true},
+		"never":        {time.Hour, 0, false},
+		"now":          {time.Hour, time.Second, true},
+		"not any more": {time.Hour, time.Minute, false},
+	} {
+		d := &daemon{started: now.Add(-c.started)}
+		if c.asked > 0 {
+			d.elected.Store(now.Add(-c.asked).UnixNano())
+		}
+		if got := d.tracked(now); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}

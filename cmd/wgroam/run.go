@@ -95,7 +95,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if d.public != nil {
 		g.Go(func() error { d.public.Run(ctx); return nil })
 	}
-	ctl, err := control.Listen(cfg.ControlSocket, control.Handler{Status: d.status, Peers: d.peers, Check: d.check, Events: d.events, SetRole: d.setRole, Handover: d.handover})
+	ctl, err := control.Listen(cfg.ControlSocket, control.Handler{Status: d.status, Elect: d.elect, Peers: d.peers, Check: d.check, Events: d.events, SetRole: d.setRole, Handover: d.handover})
 	switch {
 	case errors.Is(err, control.ErrInUse):
 		return err

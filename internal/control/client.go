@@ -20,7 +20,7 @@ import (
 var ErrNoDaemon = errors.New("no daemon answers")
 
 // Get asks the daemon on the socket at path and decodes the one document of
-// its answer into out: *Status for VerbStatus, *Peers for VerbPeers, or a
+// its answer into out: *Status for VerbStatus and VerbElect, *Peers for VerbPeers, or a
 // *json.RawMessage for the bytes as they are. Fields that out does not have are
 // skipped.
 //

@@ -55,7 +55,7 @@ func testStatus() Status {
 				Failover: Failover{"promoting", "no route", &Promotion{
 					time.Date(2026, 11, 23, 6, 0, 6, 0, time.UTC), time.Date(2026, 11, 23, 6, 0, 7, 0, time.UTC), 7, 6, 5, 4, 3, 2, 1,
 				}, "gw-b"},
-				Keepalived: &Keepalived{"/run/wgroam/keepalived.fifo", "VI_1", "active", true, []string{"VI_2"}, "not a FIFO"},
+				Keepalived: &Keepalived{"/run/wgroam/keepalived.fifo", "VI_1", "active", true, []string{"VI_2"}, true, "not a FIFO"},
 				Alarms:     []RoleAlarm{{"traffic", "peers talk", "look", time.Date(2026, 11, 23, 7, 0, 5, 0, zone)}},
 				VIP:        []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8::10")},
 				Group:      "5f1d",
@@ -147,7 +147,7 @@ func testFindings(context.Context) []Finding {
 }
 
 func handler() Handler {
-	return Handler{Status: testStatus, Peers: testPeers, Check: testFindings, Events: NewHub(), SetRole: func(device, role string) error {
+	return Handler{Status: testStatus, Elect: testStatus, Peers: testPeers, Check: testFindings, Events: NewHub(), SetRole: func(device, role string) error {
 		if role != "active" || device != "wg0" {
 			return fmt.Errorf("%s of %s", role, strings.TrimSpace(device+" all"))
 		}
@@ -254,14 +254,15 @@ func TestGet(t *testing.T) {
 
 // TestEmpty: arrays and maps are never null.
 func TestEmpty(t *testing.T) {
+	status := func() Status { return Status{Devices: []DeviceStatus{{Keepalived: &Keepalived{}}}} }
 	h := Handler{
-		Status: func() Status { return Status{Devices: []DeviceStatus{{Keepalived: &Keepalived{}}}} },
+		Status: status, Elect: status,
 		Peers:  func() []Peer { return nil },
 		Check:  func(context.Context) []Finding { return nil },
 		Events: NewHub(),
 	}
 	path := serve(t, h)
-	for _, verb := range []string{VerbStatus, VerbPeers, VerbCheck} {
+	for _, verb := range []string{VerbStatus, VerbElect, VerbPeers, VerbCheck} {
 		var got json.RawMessage
 		if err := Get(t.Context(), path, verb, &got); err != nil {
 			t.Fatal(err)

@@ -105,6 +105,7 @@ type Keepalived struct {
 	Says   string   `json:"says"`   // active, standby; empty before it has said anything
 	Heard  bool     `json:"heard"`  // it has spoken of the name since the daemon started
 	Others []string `json:"others"` // names of instances and groups that it has spoken of besides
+	Tracks bool     `json:"tracks"` // its script, wgroam check --elect, has asked in the last 5 seconds, or the daemon has just started
 	Error  string   `json:"error"`  // why it cannot be heard; empty when it can
 }
 

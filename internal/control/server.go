@@ -3,8 +3,8 @@
 // Package control is the unix socket between the daemon and the verbs that ask
 // it something, or tell it: status, peers, watch, role and handover.
 //
-// A client sends one line, {"verb":"status"}. The answer to status is a
-// Status, to peers a Peers: one JSON document on one line, after which the
+// A client sends one line, {"verb":"status"}. The answer to status, and to elect, which
+// keepalived's script asks, is a Status, to peers a Peers: one JSON document on one line, after which the
 // server closes. {"verb":"role","role":"active"} gives the verb's word on the role
 // of all devices that listen to it, or of {"device":"wg0"} alone, and the answer is
 // the Status after that; the role auto takes the word back. The answer to
@@ -43,6 +43,7 @@ const (
 	VerbCheck  = "check"
 	VerbWatch  = "watch"
 	VerbRole   = "role"
+	VerbElect  = "elect"
 
 	VerbHandover = "handover"
 )
@@ -60,7 +61,9 @@ var ErrInUse = errors.New("socket in use")
 // called concurrently.
 type Handler struct {
 	Status func() Status
-	Peers  func() []Peer
+	// Elect is Status for keepalived's script.
+	Elect func() Status
+	Peers func() []Peer
 	// Check may take seconds; it ends early with ctx.
 	Check  func(ctx context.Context) []Finding
 	Events *Hub
@@ -245,6 +248,8 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 		_ = encode(c, s.handler.Status().settle())
 	case req.Verb == VerbStatus:
 		_ = encode(c, s.handler.Status().settle())
+	case req.Verb == VerbElect:
+		_ = encode(c, s.handler.Elect().settle())
 	case req.Verb == VerbPeers:
 		_ = encode(c, settlePeers(s.handler.Peers()))
 	case req.Verb == VerbCheck:
