@@ -90,6 +90,9 @@ type Config struct {
 	// VLAN makes the LAN a VLAN. What passes a gateway's link has the tag beside it, or with
 	// InFrame in it.
 	VLAN, InFrame bool
+	// Delay is how long packets are on their way between clients and gateways, each way. The
+	// kernel has to have netem.
+	Delay time.Duration
 	// Batches makes wireguard-go in this process send and receive many packets at once, by
 	// UDP GSO and GRO, with its own bind. That is no good over IPv6: see bind.
 	Batches bool
@@ -177,7 +180,7 @@ func (l *Lab) build(ctx context.Context, cfg Config) error {
 	if l.key, err = wgtypes.GeneratePrivateKey(); err != nil {
 		return err
 	}
-	if err := l.buildRouter(); err != nil {
+	if err := l.buildRouter(cfg.Delay); err != nil {
 		return err
 	}
 	for i := range cfg.Clients {
@@ -214,7 +217,7 @@ func (l *Lab) build(ctx context.Context, cfg Config) error {
 	return l.MoveVIP(l.Gateways[0])
 }
 
-func (l *Lab) buildRouter() error {
+func (l *Lab) buildRouter(delay time.Duration) error {
 	var err error
 	if l.router, err = newNamespace("the router"); err != nil {
 		return err
@@ -239,6 +242,11 @@ func (l *Lab) buildRouter() error {
 	}
 	if err := l.router.addVeth(uplink, l.clients, uplink); err != nil {
 		return err
+	}
+	if delay > 0 {
+		if err := errors.Join(l.router.delay(uplink, delay), l.clients.delay(uplink, delay)); err != nil {
+			return err
+		}
 	}
 	return errors.Join(
 		l.router.addAddr(bridge, lan4),

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -155,6 +156,20 @@ func (n *namespace) link(name string) (netlink.Link, error) {
 	default:
 		return n.nl.LinkByName(name)
 	}
+}
+
+// delay makes what leaves a link do so later.
+func (n *namespace) delay(name string, by time.Duration) error {
+	link, err := n.link(name)
+	if err != nil {
+		return err
+	}
+	attrs := netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}
+	netem := netlink.NewNetem(attrs, netlink.NetemQdiscAttrs{Latency: uint32(by.Microseconds()), Limit: 10_000})
+	if err := n.nl.QdiscAdd(netem); err != nil {
+		return fmt.Errorf("delay what leaves %s (modprobe sch_netem): %w", name, err)
+	}
+	return nil
 }
 
 func (n *namespace) linkUp(name string) error {
