@@ -375,9 +375,10 @@ func TestHandoverRefused(t *testing.T) {
 		if err := os.Remove(inTheWay); err != nil {
 			t.Fatal(err)
 		}
-		await(t, "each hears of the other's role", func() (bool, string) {
-			roles := a.status().Feed.Nodes[0].Role + " " + h.status().Feed.Nodes[0].Role
-			return roles == "standby active", roles
+		await(t, "each hears of the other's role, and the standby has nothing to complain of", func() (bool, string) {
+			s := h.status()
+			got := a.status().Feed.Nodes[0].Role + " " + s.Feed.Nodes[0].Role + " " + s.Failover.State + s.Failover.Error
+			return got == "standby active quiet", got
 		})
 		if steps, err := a.handover(nil); err != nil {
 			t.Errorf("%v: %+v", err, steps)
@@ -468,6 +469,15 @@ func TestHandoverVRRP(t *testing.T) {
 	}
 	nodes[0].awaitState("open")
 	nodes[1].awaitState("quiet")
+	// It may come back, where the other keepalived is dead. Then it is not given up again.
+	steps, err := nodes[0].handover(func() {
+		say(0, "FAULT")
+		nodes[0].awaitRole("standby", "vrrp")
+		say(0, "MASTER")
+	})
+	if err == nil || !strings.Contains(last(steps).Detail, "has come back") {
+		t.Errorf("%v: %+v", err, steps)
+	}
 	for from, to := range []int{1, 0} {
 		if err := check(nodes[from]); err != nil {
 			t.Errorf("%s before: %v", nodes[from].gw.Name, err)

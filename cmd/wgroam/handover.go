@@ -211,7 +211,7 @@ func (d *device) want(ctx context.Context, s *session, from applier.Node, tell f
 
 // give hands the role over to another node. giving is held.
 func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted bool, tell func(step, detail string)) error {
-	_, by, _ := d.desk.Role()
+	_, by, since := d.desk.Role() // it can change as soon as the other node is ready
 	r, err := d.prepare(ctx, s, to, wanted)
 	if err != nil {
 		return err
@@ -223,7 +223,7 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 	case theirs != by && (!verbDecides(theirs) || !verbDecides(by)):
 		return fmt.Errorf("the role of this node is by %s, that of %s by %s: let them be the same, with wgroam role auto where the verb has spoken", by, to.Name, theirs)
 	case !verbDecides(by):
-		return d.letMove(ctx, s, to, by, tell)
+		return d.letMove(ctx, s, to, by, since, tell)
 	}
 	tell("ready", to.Name+" has every endpoint")
 	if err := d.mem.Offer(to.ID.String()); err != nil {
@@ -328,8 +328,9 @@ func (s *session) flush(ctx context.Context) {
 	_ = await(ctx, func() bool { return s.publisher.Waiting() == 0 })
 }
 
-// letMove waits for the virtual IP to move, for whoever moves it.
-func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by failover.Source, tell func(step, detail string)) error {
+// letMove waits for the virtual IP to move, for whoever moves it. This node has been active
+// since then.
+func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by failover.Source, since time.Time, tell func(step, detail string)) error {
 	if by == failover.ByVRRP {
 		d.yield(to.Name)
 		tell("ready", to.Name+" has every endpoint; wgroam check --elect and --feed fail here now, so that keepalived prefers it")
@@ -338,17 +339,21 @@ func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by fa
 	}
 	ctx, cancel := context.WithTimeout(ctx, movedWithin)
 	defer cancel()
-	gone := false
+	gone, back := false, false
 	err := await(ctx, func() bool {
-		role, _, _ := d.desk.Role()
-		if !gone && role != failover.Active {
+		role, _, now := d.desk.Role()
+		if !gone && !now.Equal(since) { // or it is back already
 			gone = true
 			tell("quiet", d.d.cfg.Node+" is a standby")
 			s.lastRoams(ctx)
 		}
-		return gone && s.isActive(to.ID.String())
+		back = gone && role == failover.Active
+		return back || gone && s.isActive(to.ID.String())
 	})
 	switch {
+	case back:
+		d.yield("") // or keepalived would take it away again
+		return fmt.Errorf("the virtual IP has come back to this node: %s has not taken it; see what moves it there", to.Name)
 	case err == nil:
 		tell("done", to.Name+" is active")
 		return nil
