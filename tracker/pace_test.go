@@ -42,3 +42,24 @@ func TestPace(t *testing.T) {
 		}
 	}
 }
+
+// TestPaceStopped: a daemon that was stopped in the middle of a piece does not rest for the
+// time in which it could not work.
+func TestPaceStopped(t *testing.T) {
+	p := pace{least: 200 * time.Millisecond, most: 10 * time.Second}
+	now := time.Now()
+	for i, c := range []struct{ took, rest time.Duration }{
+		{3 * time.Millisecond, 200 * time.Millisecond},
+		{30 * time.Second, 270 * time.Millisecond},
+		{3 * time.Millisecond, 200 * time.Millisecond},
+		// What stays slow is.
+		{time.Second, 270 * time.Millisecond},
+		{time.Second, 9 * time.Second},
+	} {
+		p.did(now, now.Add(c.took))
+		now = now.Add(c.took)
+		if rest := p.rest(now); rest != c.rest {
+			t.Errorf("piece %d, of %v: rests %v, want %v", i, c.took, rest, c.rest)
+		}
+	}
+}
