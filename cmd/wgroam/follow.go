@@ -79,6 +79,14 @@ func inSpace(ctx context.Context, netns string, absent func(error), f func(conte
 	}
 }
 
+// openSpace opens a network namespace, as in config.Device: a nil Space for ours.
+func openSpace(netns string) (*wg.Space, error) {
+	if netns == "" {
+		return nil, nil
+	}
+	return wg.OpenSpace(netns)
+}
+
 // whileNamed runs f in a namespace, until that has lost its name. It closes the
 // namespace, which lives as long as somebody holds it.
 func whileNamed(ctx context.Context, space *wg.Space, f func(context.Context, *wg.Space) error) error {

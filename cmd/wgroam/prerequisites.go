@@ -177,14 +177,11 @@ func checkConfig(ctx context.Context, cfg config.Config) []finding {
 
 // readable tells why wgroam cannot follow a device; nil if it can.
 func readable(d config.Device) error {
-	var space *wg.Space
-	if d.Netns != "" {
-		var err error
-		if space, err = wg.OpenSpace(d.Netns); err != nil {
-			return err
-		}
-		defer space.Close()
+	space, err := openSpace(d.Netns)
+	if err != nil {
+		return err
 	}
+	defer space.Close()
 	if _, err := linkByName(space, d.Name); err != nil {
 		return err
 	}

@@ -44,13 +44,11 @@ func release(e env, cfg config.Config, dc config.Device) error {
 	if err != nil {
 		return err
 	}
-	var space *wg.Space
-	if dc.Netns != "" {
-		if space, err = wg.OpenSpace(dc.Netns); err != nil {
-			return err
-		}
-		defer space.Close()
+	space, err := openSpace(dc.Netns)
+	if err != nil {
+		return err
 	}
+	defer space.Close()
 	client, err := space.Open()
 	if err != nil {
 		return err

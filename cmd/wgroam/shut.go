@@ -42,16 +42,13 @@ func shutAtBoot(cfg config.Config, dc config.Device) (ports []int, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var space *wg.Space
-	if dc.Netns != "" {
-		space, err = wg.OpenSpace(dc.Netns)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, nil // nor is the device there
-		}
-		if err != nil {
-			return nil, err
-		}
-		defer space.Close()
+	space, err := openSpace(dc.Netns)
+	if errors.Is(err, wg.ErrNoSpace) && !errors.Is(err, fs.ErrPermission) {
+		return nil, nil // nor is the device there
 	}
+	if err != nil {
+		return nil, err
+	}
+	defer space.Close()
 	return failover.ShutAtBoot(space, dc.Name, memory)
 }
