@@ -50,19 +50,27 @@ const opened = "wgroam: active, being tidied up"
 
 // says returns what the gate says; empty if there is none.
 func (g *gate) says() string {
-	var says string
+	if rules := g.rules("out"); len(rules) > 0 {
+		return comment(rules[0])
+	}
+	return ""
+}
+
+// rules returns those of a chain; none without the table.
+func (g *gate) rules(chain string) (rules []*nftables.Rule) {
 	_ = g.space.Do(func() error {
 		conn, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		// Without the table there is an error, which is an answer.
-		rules, err := conn.GetRules(g.table, &nftables.Chain{Name: "out"})
-		if err == nil && len(rules) > 0 {
-			says, _ = userdata.GetString(rules[0].UserData, userdata.TypeComment)
+		if err == nil {
+			rules, err = conn.GetRules(g.table, &nftables.Chain{Name: chain})
 		}
 		return err
 	})
+	return rules
+}
+
+// comment returns what a rule says.
+func comment(r *nftables.Rule) string {
+	says, _ := userdata.GetString(r.UserData, userdata.TypeComment)
 	return says
 }
 
@@ -181,24 +189,16 @@ func (g *gate) count(conn *nftables.Conn, chain *nftables.Chain, port int) {
 
 // heard returns how many such packets have come since the gate was shut.
 func (g *gate) heard() (packets uint64) {
-	_ = g.space.Do(func() error {
-		conn, err := nftables.New()
-		if err != nil {
-			return err
+	for _, r := range g.rules("in") {
+		if comment(r) != talk {
+			continue
 		}
-		rules, err := conn.GetRules(g.table, &nftables.Chain{Name: "in"})
-		for _, r := range rules {
-			if says, _ := userdata.GetString(r.UserData, userdata.TypeComment); says != talk {
-				continue
-			}
-			for _, e := range r.Exprs {
-				if c, ok := e.(*expr.Counter); ok {
-					packets += c.Packets
-				}
+		for _, e := range r.Exprs {
+			if c, ok := e.(*expr.Counter); ok {
+				packets += c.Packets
 			}
 		}
-		return err
-	})
+	}
 	return packets
 }
 
@@ -224,7 +224,7 @@ func (g *gate) from(vips []netip.Addr, port int) error {
 // more), and this does not. One of them has to follow.
 func (g *gate) open(vips []netip.Addr, port int) error {
 	return g.batch(func(conn *nftables.Conn) {
-		comment := userdata.AppendString(nil, userdata.TypeComment, opened)
+		says := userdata.AppendString(nil, userdata.TypeComment, opened)
 		for _, way := range []struct {
 			name  string
 			rules [][]expr.Any
@@ -237,7 +237,7 @@ func (g *gate) open(vips []netip.Addr, port int) error {
 			last := len(way.rules) - 1
 			way.rules[last] = append(way.rules[last], &expr.Verdict{Kind: expr.VerdictAccept})
 			for _, exprs := range slices.Backward(way.rules) { // each comes before all others
-				conn.InsertRule(&nftables.Rule{Table: g.table, Chain: chain, Exprs: exprs, UserData: comment})
+				conn.InsertRule(&nftables.Rule{Table: g.table, Chain: chain, Exprs: exprs, UserData: says})
 			}
 		}
 	})

@@ -209,20 +209,17 @@ func (m *Memory) ports() []int {
 func (m *Memory) keepGate(ports []int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.data.Gate && slices.Equal(m.data.Ports, ports) && !m.unwritten {
+	same := slices.Equal(m.data.Ports, ports)
+	if m.data.Gate && same && !m.unwritten {
 		return nil
 	}
-	same := slices.Equal(m.data.Ports, ports)
 	m.data.Gate, m.data.Ports = true, ports
-	if err := m.write(); err != nil || same {
-		return err
+	if same {
+		return m.write()
 	}
-	if err := snapshot.Sync(m.path); err != nil {
-		m.unwritten = true // what became of it is not known
-		return fmt.Errorf("make state.dir writable, and room there: %w", err)
-	}
-	m.unsynced = false
-	return nil
+	err := m.put(snapshot.Replace)
+	m.unsynced = m.unsynced && err != nil
+	return err
 }
 
 // flush writes what could not be written, and has the disk get it, without waiting.
@@ -259,17 +256,24 @@ func (m *Memory) remove() error {
 
 // write writes the file, which outlives the daemon then. m.mu is held.
 func (m *Memory) write() error {
+	err := m.put(snapshot.Put)
+	m.unsynced = m.unsynced || err == nil
+	return err
+}
+
+// put writes the file by put. m.mu is held.
+func (m *Memory) put(put func(path string, data []byte) error) error {
 	m.unwritten = true
 	if m.boot == "" {
 		return errBoot
 	}
 	data, err := json.Marshal(m.data)
 	if err == nil {
-		err = snapshot.Put(m.path, data)
+		err = put(m.path, data)
 	}
 	if err != nil {
 		return fmt.Errorf("make state.dir writable, and room there: %w", err)
 	}
-	m.unwritten, m.unsynced = false, true
+	m.unwritten = false
 	return nil
 }

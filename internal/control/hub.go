@@ -20,16 +20,16 @@ type Hub struct {
 func NewHub() *Hub { return &Hub{readers: make(map[*reader]struct{})} }
 
 // Publish hands e to all clients that watch now.
-func (h *Hub) Publish(e Event) { h.publish(e, func(*reader) bool { return true }) }
+func (h *Hub) Publish(e Event) { h.publish(e, false) }
 
 // Progress hands p to the clients that have asked for promotions as well.
-func (h *Hub) Progress(p Progress) { h.publish(p, func(r *reader) bool { return r.promotions }) }
+func (h *Hub) Progress(p Progress) { h.publish(p, true) }
 
-func (h *Hub) publish(line any, to func(*reader) bool) {
+func (h *Hub) publish(line any, promotion bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for r := range h.readers {
-		if to(r) {
+		if r.promotions || !promotion {
 			r.add(line)
 		}
 	}
