@@ -384,22 +384,32 @@ func (d *device) yields() string {
 // acts returns the role that the device acts by.
 func (d *device) acts() failover.Role { return d.keeping().Acts }
 
-// keeping returns what the keeper makes of the device; nothing where there is none.
+// keeping returns what the keeper makes of the device; why there is none, where there
+// should be one.
 func (d *device) keeping() failover.Status {
 	d.mu.Lock()
-	keeper := d.keeper
+	keeper, left := d.keeper, d.left
 	d.mu.Unlock()
 	if keeper == nil {
-		return failover.Status{}
+		return failover.Status{Err: left}
 	}
 	return keeper.Status()
 }
 
 // isActive reports whether a node says that it is active.
 func (s *session) isActive(id string) bool {
-	return slices.ContainsFunc(s.merger.Nodes(), func(n applier.Node) bool {
-		return n.ID.String() == id && n.Role == feed.RoleActive && n.State != applier.NodeStale
-	})
+	n, live := s.node(id)
+	return live && n.Role == feed.RoleActive
+}
+
+// node returns a node of the group, and whether it is heard of.
+func (s *session) node(id string) (n applier.Node, live bool) {
+	nodes := s.merger.Nodes()
+	i := slices.IndexFunc(nodes, func(n applier.Node) bool { return n.ID.String() == id })
+	if i < 0 {
+		return applier.Node{}, false
+	}
+	return nodes[i], nodes[i].State != applier.NodeStale
 }
 
 // staysActive reports whether a node that says it is active still does so in its next
@@ -412,7 +422,8 @@ func (s *session) staysActive(ctx context.Context, id string) bool {
 	defer cancel()
 	asked := time.Now()
 	_ = await(ctx, func() bool {
-		return slices.ContainsFunc(s.merger.Nodes(), func(n applier.Node) bool { return n.ID.String() == id && n.Heard.After(asked) })
+		n, _ := s.node(id)
+		return n.Heard.After(asked)
 	})
 	return s.isActive(id)
 }
@@ -600,13 +611,13 @@ func (d *device) settleOffer(ctx context.Context, s *session) {
 		if role == failover.Active {
 			d.yield("") // it is this one's turn again
 		}
-		heard := slices.ContainsFunc(s.merger.Nodes(), func(n applier.Node) bool { return n.ID.String() == to && n.State != applier.NodeStale })
+		_, heard := s.node(to)
 		late := time.Since(open) > takenWithin
 		word, known := role, false
 		switch {
 		case to == "":
 			open = time.Now()
-		case by != failover.ByVerb && by != failover.ByNone:
+		case !verbDecides(by):
 			known = true // somebody else decides
 		case s.isActive(to):
 			// For a moment it may be one that gives up again.

@@ -4,7 +4,6 @@ package main
 
 import (
 	"errors"
-	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -35,12 +34,7 @@ func TestTickets(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			memory, err := failover.OpenMemory(t.TempDir(), "wg0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			log := slog.New(slog.DiscardHandler)
-			d := &device{cfg: config.Device{Role: config.RoleAuto}, log: log, mem: memory, desk: failover.NewDesk(failover.DeskConfig{Memory: memory, Log: log})}
+			d := roleDevice(t, config.Device{Role: config.RoleAuto})
 			q := &feed.Question{Header: from, Step: feed.StepTake, Ticket: feed.Ticket{3}}
 			d.handing.tickets = map[feed.Ticket]ticket{q.Ticket: {from, time.Now().Add(time.Minute)}}
 			c.change(q, d)
@@ -57,14 +51,7 @@ func TestTickets(t *testing.T) {
 // TestRoleMeanwhile: the verb does not speak while a handover is going on.
 func TestRoleMeanwhile(t *testing.T) {
 	t.Parallel()
-	memory, err := failover.OpenMemory(t.TempDir(), "wg0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dev := &device{
-		cfg: config.Device{Name: "wg0", Role: config.RoleAuto}, mem: memory,
-		desk: failover.NewDesk(failover.DeskConfig{Memory: memory, Log: slog.New(slog.DiscardHandler)}),
-	}
+	dev := roleDevice(t, config.Device{Role: config.RoleAuto})
 	d := &daemon{devices: []*device{dev}}
 	dev.handing.giving.Lock()
 	if err := d.setRole("", "active"); !errors.Is(err, errBusy) {

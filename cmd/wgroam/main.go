@@ -40,14 +40,14 @@ type verb struct {
 func verbs() []verb {
 	return []verb{
 		{"run", "--config FILE | --device NAME", "the daemon", runVerb},
-		{"watch", "[--device NAME] [--json]", "print endpoint changes as they happen", watchVerb},
+		{"watch", "[--device NAME] [--json [--promotions]]", "print endpoint changes as they happen", watchVerb},
 		{"status", "[--json]", "this node, its group and the feed", statusVerb},
 		{"peers", "[--json]", "every peer with its endpoint", peersVerb},
 		{"role", "[active|standby|auto] [--device NAME] [--json]", "show or set the role", roleVerb},
 		{"handover", "[--to NODE] [--device NAME] [--json]", "have another node take over, or take over", handoverVerb},
 		{"shut", "--config FILE", "at boot, before the network: keep devices quiet until the daemon knows their roles", shutVerb},
 		{"release", "--config FILE | --device NAME", "give the devices back, as they are without failover; the daemon has to be stopped", releaseVerb},
-		{"check", "[--json] [--config FILE] [--feed]", "every prerequisite, and what to do about those that are not met", checkVerb},
+		{"check", "[--json] [--config FILE] [--feed] [--elect]", "every prerequisite, and what to do about those that are not met", checkVerb},
 		{"demo", "[--json]", "the whole story on this machine, in network namespaces", demoVerb},
 		{"version", "[--json]", "version, commit and hashes of the BPF objects", versionVerb},
 	}

@@ -105,15 +105,7 @@ const settleFor = 2 * time.Second
 func (d *device) settle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, settleFor)
 	defer cancel()
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for !d.settled() {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
+	_ = await(ctx, d.settled)
 }
 
 // rehearsal collects what is found of one device.

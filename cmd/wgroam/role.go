@@ -34,13 +34,16 @@ func newDevice(d *daemon, dc config.Device) *device {
 		fixed = ""
 	}
 	dev.desk = failover.NewDesk(failover.DeskConfig{
-		Fixed: fixed, VIP: dev.watchesVIP(), VRRP: dc.Role == config.RoleAuto && dc.VRRP != "", Memory: memory, Others: dev.actives, Log: dev.log,
+		Fixed: fixed, VIP: dev.watchesVIP(), VRRP: dev.hearsVRRP(), Memory: memory, Others: dev.actives, Log: dev.log,
 	})
 	return dev
 }
 
 // watchesVIP tells whether the virtual IP is a source of the role.
 func (d *device) watchesVIP() bool { return d.cfg.Role == config.RoleAuto && len(d.cfg.VIP) > 0 }
+
+// hearsVRRP tells whether keepalived is a source of the role.
+func (d *device) hearsVRRP() bool { return d.cfg.Role == config.RoleAuto && d.cfg.VRRP != "" }
 
 // live returns the session; nil while there is none.
 func (d *device) live() *session {
@@ -249,7 +252,7 @@ func (d *daemon) tracked(now time.Time) bool {
 // vrrp passes on what keepalived says.
 func (d *daemon) vrrp(n failover.Notice) {
 	for _, dev := range d.devices {
-		if dev.cfg.Role != config.RoleAuto || dev.cfg.VRRP == "" || dev.cfg.VRRP != n.Name {
+		if !dev.hearsVRRP() || dev.cfg.VRRP != n.Name {
 			continue
 		}
 		if err := dev.desk.Say(failover.ByVRRP, n.Role); err != nil {
@@ -315,12 +318,6 @@ func (d *device) setRole(role failover.Role) error {
 // keeperStatus adds what the keeper makes of the device.
 func (d *device) keeperStatus(out *control.Failover) {
 	out.Yields = d.yields()
-	d.mu.Lock()
-	left := d.left
-	d.mu.Unlock()
-	if left != nil {
-		out.Error = left.Error()
-	}
 	k := d.keeping()
 	out.State = k.State
 	if k.Err != nil {
@@ -353,7 +350,7 @@ func (d *device) roleStatus(out *control.DeviceStatus) {
 			Alarm: string(a.Alarm), Detail: a.Detail, Do: a.Alarm.Advice(), Since: a.Since,
 		})
 	}
-	if d.cfg.Role != config.RoleAuto || d.cfg.VRRP == "" {
+	if !d.hearsVRRP() {
 		return
 	}
 	names, err := d.d.fifo.Heard()
