@@ -144,6 +144,39 @@ func TestQuick(t *testing.T) {
 	}
 }
 
+// quickConf writes a configuration for wg-quick: of a device with a peer at a gateway, where
+// nobody answers.
+func quickConf(t testing.TB, dir, name string, at *lab.Gateway, device, allowed string) string {
+	t.Helper()
+	own, err := wgtypes.GeneratePrivateKey()
+	must(t, err)
+	peer, err := wgtypes.GeneratePrivateKey()
+	must(t, err)
+	file := filepath.Join(dir, name+".conf")
+	must(t, os.WriteFile(file, fmt.Appendf(nil, `[Interface]
+PrivateKey = %s
+ListenPort = %d
+%s
+[Peer]
+PublicKey = %s
+AllowedIPs = %s
+Endpoint = %s
+PersistentKeepalive = 1
+`, own, lab.ListenPort, device, peer.PublicKey(), allowed, netip.AddrPortFrom(at.Addr4, 7)), 0o600))
+	return file
+}
+
+// startFor starts a daemon for another device of a gateway, which the virtual IP gives the
+// role, and waits until it has made it that of a standby.
+func startFor(t testing.TB, gw *lab.Gateway, dir, name, mode string) *node {
+	t.Helper()
+	cfg := roleConfig(gw, dir, fmt.Sprintf("role = \"auto\"\nstandby = %q\nvip = [%q]", mode, lab.VIP4), "")
+	n := startNode(t, gw, dir, strings.Replace(cfg, fmt.Sprintf("name = %q", gw.Device()), fmt.Sprintf("name = %q", name), 1))
+	n.awaitState("quiet")
+	awaitQuietDevice(t, gw, name, mode)
+	return n
+}
+
 func quick(t *testing.T, mode string) {
 	l := newLab(t, lab.Config{OwnSource: true})
 	a, h := l.Gateways[0], l.Gateways[1]
@@ -151,30 +184,9 @@ func quick(t *testing.T, mode string) {
 	if err := h.LinkDown(); err != nil {
 		t.Fatal(err)
 	}
-	own, err := wgtypes.GeneratePrivateKey()
-	if err != nil {
-		t.Fatal(err)
-	}
-	peer, err := wgtypes.GeneratePrivateKey()
-	if err != nil {
-		t.Fatal(err)
-	}
 	name := fmt.Sprintf("wgq%s%d", mode[:1], os.Getpid())
 	dir := t.TempDir()
-	conf := filepath.Join(dir, name+".conf")
-	text := fmt.Sprintf(`[Interface]
-PrivateKey = %s
-ListenPort = %d
-Address = 10.77.0.1/24, fd77::1/64
-[Peer]
-PublicKey = %s
-AllowedIPs = 0.0.0.0/0, ::/0
-Endpoint = %s
-PersistentKeepalive = 1
-`, own, lab.ListenPort, peer.PublicKey(), netip.AddrPortFrom(a.Addr4, 7))
-	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	conf := quickConf(t, dir, name, a, "Address = 10.77.0.1/24, fd77::1/64", "0.0.0.0/0, ::/0")
 	target := netip.MustParseAddr("10.77.0.9")
 	again := func() {
 		t.Helper()
@@ -188,26 +200,18 @@ PersistentKeepalive = 1
 	dumps := func() string { return anew.ReplaceAllString(dumpsOfDevice(t, h, name), "") }
 	before := dumps()
 
-	cfg := fmt.Sprintf("role = \"auto\"\nstandby = %q\nvip = [%q]", mode, lab.VIP4)
-	cfg = strings.Replace(roleConfig(h, dir, cfg, ""), fmt.Sprintf("name = %q", h.Device()), fmt.Sprintf("name = %q", name), 1)
-	n := startNode(t, h, dir, cfg)
-	n.awaitState("quiet")
-	awaitQuietDevice(t, h, name, mode)
+	n := startFor(t, h, dir, name, mode)
 	wire.take()
 	for range 2 {
 		again()
 		awaitQuietDevice(t, h, name, mode)
 	}
 	wire.none(mode + ", beneath the daemon")
-	if err := n.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	<-n.exited
+	n.kill()
 	again()
 	again()
 	wire.none(mode + ", without the daemon")
-	n.process = start(t, h, nil, "run", "--config", n.file)
-	n.says("following endpoint changes")
+	n.run()
 	awaitQuietDevice(t, h, name, mode)
 	n.awaitState("quiet")
 	wire.none(mode + ", with the next daemon")

@@ -198,7 +198,7 @@ func TestTwoDaemons(t *testing.T) {
 	}
 	roams()
 	for i, end := range []func(*node){
-		func(n *node) { _ = n.cmd.Process.Kill(); <-n.exited }, // of a process that lives
+		func(n *node) { n.kill() },
 		func(n *node) { n.stop() },
 	} {
 		end(nodes[i])

@@ -543,12 +543,8 @@ func failoverKilled(t *testing.T, mode string, kills int, rng *rand.Rand) {
 			t.Fatal(err)
 		}
 		<-time.After(after)
-		if err := n.cmd.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		<-n.exited
-		n.process = start(t, h, nil, "run", "--config", n.file)
-		n.says("following endpoint changes")
+		n.kill()
+		n.run()
 		n.awaitState(state)
 		for _, c := range l.Clients {
 			reach(t, c)

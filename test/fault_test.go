@@ -107,11 +107,7 @@ func (w *world) restart(i int) {
 	w.nodes[i] = startNode(w.t, n.gw, filepath.Dir(n.file), string(cfg))
 }
 
-func (w *world) kill(i int) {
-	n := w.nodes[i]
-	w.must(n.cmd.Process.Kill())
-	<-n.exited
-}
+func (w *world) kill(i int) { w.nodes[i].kill() }
 
 func (w *world) signal(i int, s syscall.Signal) { w.must(w.nodes[i].cmd.Process.Signal(s)) }
 

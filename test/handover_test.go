@@ -420,8 +420,7 @@ func TestHandoverKilled(t *testing.T) {
 		}()
 		<-done
 		killed()
-		victim.process = start(t, victim.gw, nil, "run", "--config", victim.file)
-		victim.says("following endpoint changes")
+		victim.run()
 		var since time.Time
 		await(t, "one active, for long", func() (bool, string) {
 			ra, rh := a.status(), h.status()

@@ -40,22 +40,6 @@ type elected struct {
 	wire       *capture
 }
 
-// run starts wgroam again.
-func (e *elected) run() {
-	e.t.Helper()
-	e.process = start(e.t, e.gw, nil, "run", "--config", e.file)
-	e.says("following endpoint changes")
-}
-
-// kill leaves wgroam no time for anything.
-func (e *elected) kill() {
-	e.t.Helper()
-	if err := e.cmd.Process.Kill(); err != nil {
-		e.t.Fatal(err)
-	}
-	<-e.exited
-}
-
 // newKeepalived writes the configuration of keepalived for a node, which has a
 // priority: that of a recipe, in which more is replaced, each once.
 func newKeepalived(t testing.TB, n *node, dir, recipe string, priority int, more map[string]string) *keepalived {

@@ -14,7 +14,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/wgroam/wgroam/internal/lab"
 )
@@ -50,24 +49,10 @@ func underNetworkd(t *testing.T, mode string) {
 	a, h := l.Gateways[0], l.Gateways[1]
 	// Its port is that of networkd's device.
 	must(t, h.LinkDown())
-	own, err := wgtypes.GeneratePrivateKey()
-	must(t, err)
-	peer, err := wgtypes.GeneratePrivateKey()
-	must(t, err)
 	name := fmt.Sprintf("wgd%s%d", mode[:1], os.Getpid())
 	dir := t.TempDir()
 	// As networkd makes it from a .netdev file, which it cannot without WireGuard in the kernel.
-	conf := filepath.Join(dir, name+".conf")
-	must(t, os.WriteFile(conf, fmt.Appendf(nil, `[Interface]
-PrivateKey = %s
-ListenPort = %d
-Table = off
-[Peer]
-PublicKey = %s
-AllowedIPs = 10.77.0.0/16, fd77::/16
-Endpoint = %s
-PersistentKeepalive = 1
-`, own, lab.ListenPort, peer.PublicKey(), netip.AddrPortFrom(a.Addr4, 7)), 0o600))
+	conf := quickConf(t, dir, name, a, "Table = off", "10.77.0.0/16, fd77::/16")
 	must(t, os.WriteFile(filepath.Join(dir, "wg.network"), fmt.Appendf(nil, `[Match]
 Name=%s
 [Network]
@@ -94,11 +79,7 @@ Destination=fd77:1::/32
 		return done, before
 	})
 
-	cfg := fmt.Sprintf("role = \"auto\"\nstandby = %q\nvip = [%q]", mode, lab.VIP4)
-	cfg = strings.Replace(roleConfig(h, dir, cfg, ""), fmt.Sprintf("name = %q", h.Device()), fmt.Sprintf("name = %q", name), 1)
-	n := startNode(t, h, dir, cfg)
-	n.awaitState("quiet")
-	awaitQuietDevice(t, h, name, mode)
+	n := startFor(t, h, dir, name, mode)
 	wire.take()
 	again := func() {
 		t.Helper()
@@ -112,12 +93,10 @@ Destination=fd77:1::/32
 		awaitQuietDevice(t, h, name, mode)
 	}
 	wire.none(mode + ", beneath the daemon")
-	must(t, n.cmd.Process.Kill())
-	<-n.exited
+	n.kill()
 	again()
 	wire.none(mode + ", without the daemon")
-	n.process = start(t, h, nil, "run", "--config", n.file)
-	n.says("following endpoint changes")
+	n.run()
 	n.awaitState("quiet")
 	awaitQuietDevice(t, h, name, mode)
 	wire.none(mode + ", with the next daemon")

@@ -173,6 +173,13 @@ func (p *process) stop() time.Duration {
 	return time.Since(began)
 }
 
+// kill leaves the process no time for anything.
+func (p *process) kill() {
+	p.t.Helper()
+	must(p.t, p.cmd.Process.Kill())
+	<-p.exited
+}
+
 // says waits until the process has written text to stderr.
 func (p *process) says(text string) {
 	p.t.Helper()
@@ -217,6 +224,13 @@ dir = %q
 [control]
 socket = %q
 `, gw.Name, gw.Device(), gw.Addr4, strings.Join(peers, ", "), dir, filepath.Join(dir, "control.sock"))
+}
+
+// run starts wgroam again.
+func (n *node) run() {
+	n.t.Helper()
+	n.process = start(n.t, n.gw, nil, "run", "--config", n.file)
+	n.says("following endpoint changes")
 }
 
 // startNode starts a daemon on gw with the given configuration; config makes

@@ -307,17 +307,13 @@ func TestStandbyIsSilent(t *testing.T) {
 				wire.none(what)
 			}
 			roamAll("a standby")
-			if err := p.standby.cmd.Process.Kill(); err != nil {
-				t.Fatal(err)
-			}
-			<-p.standby.exited
+			p.standby.kill()
 			roamAll("a standby whose daemon was killed")
 			if err := p.standby.gw.LinkUp(); err != nil {
 				t.Fatal(err)
 			}
 			roamAll("a standby whose daemon was killed, and whose link was set up")
-			p.standby.process = start(t, p.standby.gw, nil, "run", "--config", p.standby.file)
-			p.standby.says("following endpoint changes")
+			p.standby.run()
 			p.standby.awaitState("quiet")
 			p.standby.awaitNodes(1)
 			for _, c := range p.lab.Clients {

@@ -42,10 +42,7 @@ func TestPowerCycle(t *testing.T) {
 	for i, n := range nodes {
 		// One of them has no time to write.
 		if i == 0 {
-			if err := n.cmd.Process.Kill(); err != nil {
-				t.Fatal(err)
-			}
-			<-n.exited
+			n.kill()
 		}
 		n.stop()
 		if err := n.gw.Recreate(); err != nil {

@@ -105,8 +105,7 @@ func TestRole(t *testing.T) {
 	h.mustRole("active")
 	h.awaitRole("active", "verb")
 	h.stop()
-	h.process = start(t, h.gw, nil, "run", "--config", h.file)
-	h.says("following endpoint changes")
+	h.run()
 	h.awaitRole("active", "verb")
 	// What was said to the daemon before does not count beside the virtual IP.
 	if _, err := keepalived.WriteString("INSTANCE \"VI_1\" BACKUP 100\n"); err != nil {
