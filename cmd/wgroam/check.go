@@ -386,13 +386,9 @@ func checkFeed(d control.DeviceStatus) []finding {
 		}
 		add(state, "no other node has been heard", "start wgroam on the other gateways of the group, with the same private key and secret_file")
 	}
-	for _, r := range []struct{ reason, do string }{
-		{"skew", "keep all nodes on NTP: what claims to be from the future is refused"},
-		{"name_clash", "give each node a name of its own (node = ...)"},
-		{"full", "give this device the peers that the others have"},
-	} {
-		if n := d.Feed.Refused[r.reason]; n > 0 {
-			add(checkWarn, fmt.Sprintf("%d refused (%s)", n, r.reason), r.do)
+	for _, why := range []string{"skew", "name_clash", "full"} {
+		if n := d.Feed.Refused[why]; n > 0 {
+			add(checkWarn, fmt.Sprintf("%d refused (%s)", n, why), remedies[why])
 		}
 	}
 	return out

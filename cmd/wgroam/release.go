@@ -17,7 +17,7 @@ import (
 // releaseVerb makes the devices of a configuration what they would be without
 // failover.
 func releaseVerb(ctx context.Context, e env, args []string) error {
-	cfg, err := loadConfig(e, "release", args)
+	cfg, err := loadConfig(e, "release", args, config.LoadWithoutSecrets)
 	if err != nil {
 		return err
 	}

@@ -21,15 +21,15 @@ import (
 )
 
 func runVerb(ctx context.Context, e env, args []string) error {
-	cfg, err := loadConfig(e, "run", args)
+	cfg, err := loadConfig(e, "run", args, config.Load)
 	if err != nil {
 		return err
 	}
 	return run(ctx, cfg, e.log)
 }
 
-// loadConfig reads the configuration that the arguments of a verb say.
-func loadConfig(e env, verb string, args []string) (config.Config, error) {
+// loadConfig reads the configuration that the arguments of a verb say; a file by load.
+func loadConfig(e env, verb string, args []string, load func(path string) (config.Config, error)) (config.Config, error) {
 	fs, parse := flags(e, verb)
 	file := fs.String("config", "", "configuration `file`")
 	name := fs.String("device", "", "one WireGuard device with defaults, instead of a configuration")
@@ -41,7 +41,7 @@ func loadConfig(e env, verb string, args []string) (config.Config, error) {
 		return config.Config{}, errUsage
 	}
 	if *file != "" {
-		return config.Load(*file)
+		return load(*file)
 	}
 	return config.ForDevice(*name)
 }

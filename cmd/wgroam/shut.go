@@ -17,7 +17,7 @@ import (
 // started. It is for a time at which nobody has made them yet: who does may set them up
 // before the daemon runs.
 func shutVerb(_ context.Context, e env, args []string) error {
-	cfg, err := loadConfig(e, "shut", args)
+	cfg, err := loadConfig(e, "shut", args, config.LoadWithoutSecrets)
 	if err != nil {
 		return err
 	}

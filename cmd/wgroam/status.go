@@ -306,9 +306,11 @@ func promotionLine(p control.Promotion) string {
 
 // remedies say what to do about refused frames, where something can be done.
 var remedies = map[string]string{
+	"auth":       "somebody alters what passes the bus, or sends what is not the group's: see who has access to it",
+	"full":       "give this device the peers that the others have",
 	"version":    "another node runs a later version of wgroam: upgrade this one",
-	"name_clash": "another node goes by this one's name: give each its own",
-	"skew":       "a clock is wrong: keep all nodes on NTP",
+	"name_clash": "another node goes by this one's name: give each its own (node = ...)",
+	"skew":       "keep all nodes on NTP: what claims to be from the future is refused",
 	"aged":       "old records; if more and more, set feed.max_age to the same on all nodes",
 }
 

@@ -307,6 +307,11 @@ nkey = "/etc/wgroam/events.nk"
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			if strings.Contains(tt.name, "secret") {
+				if c, err := LoadWithoutSecrets(tt.path); err != nil || len(c.Devices) != 1 {
+					t.Errorf("without secrets: %+v, %v", c, err)
+				}
+			}
 			c, err := Load(tt.path)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("Load gives the error %v, want %q", err, tt.want)

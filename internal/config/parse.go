@@ -127,14 +127,7 @@ const (
 // names. The error has a line per mistake, each with the file's name, the line
 // number where there is one, the key, and what to do about it.
 func Load(path string) (Config, error) {
-	data, err := readFile(path, maxFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return Config{}, fmt.Errorf("no configuration file: %w: create it, or use --device for one device with defaults", err)
-	}
-	if err != nil {
-		return Config{}, fmt.Errorf("configuration file: %w", err)
-	}
-	c, err := Parse(path, data)
+	c, err := LoadWithoutSecrets(path)
 	if err != nil {
 		return Config{}, err
 	}
@@ -159,6 +152,18 @@ func Load(path string) (Config, error) {
 		}
 	}
 	return c, nil
+}
+
+// LoadWithoutSecrets is Load without the secret files, which may be readable for the daemon only.
+func LoadWithoutSecrets(path string) (Config, error) {
+	data, err := readFile(path, maxFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Config{}, fmt.Errorf("no configuration file: %w: create it, or use --device for one device with defaults", err)
+	}
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration file: %w", err)
+	}
+	return Parse(path, data)
 }
 
 // readFile is os.ReadFile with an upper bound, for the path may be anything.
