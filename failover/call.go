@@ -92,8 +92,8 @@ type contact struct {
 //
 // The device of many peers takes long to read. So the first to be called are those
 // that it had when it was last read, and where Answered tells of the answers it is
-// read once in a while only.
-func (k *Keeper) call(ctx context.Context, t *taken) error {
+// read once in a while only. Whenever it is read, tend looks after the rest.
+func (k *Keeper) call(ctx context.Context, t *taken, tend func()) error {
 	answers := wgroam.NewChanges()
 	k.answers.Store(answers)
 	defer k.answers.Store(nil)
@@ -106,6 +106,7 @@ func (k *Keeper) call(ctx context.Context, t *taken) error {
 		}
 	}
 	for ctx.Err() == nil {
+		tend()
 		began := time.Now()
 		dev, err := k.dump()
 		if err != nil {

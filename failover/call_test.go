@@ -122,7 +122,7 @@ func TestCall(t *testing.T) {
 			Seen:     func(k wgroam.Key) time.Time { return seen[k] },
 			Progress: func(p Promotion) { told = append(told, p) },
 		})
-		if err := k.call(t.Context(), taken); err != nil {
+		if err := k.call(t.Context(), taken, func() {}); err != nil {
 			t.Fatal(err)
 		}
 		got := k.Status().Last
@@ -187,7 +187,7 @@ func TestCallTold(t *testing.T) {
 		for _, p := range d.peers {
 			k.known = append(k.known, contact{peer: p.Key})
 		}
-		if err := k.call(t.Context(), &taken{Promoted: start}); err != nil {
+		if err := k.call(t.Context(), &taken{Promoted: start}, func() {}); err != nil {
 			t.Fatal(err)
 		}
 		got := k.Status().Last
@@ -236,10 +236,10 @@ func TestCallGoesOn(t *testing.T) {
 		// One that is ended early goes on later.
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if err := k.call(ctx, taken); err != nil || !k.Status().Last.Ended.IsZero() {
+		if err := k.call(ctx, taken, func() {}); err != nil || !k.Status().Last.Ended.IsZero() {
 			t.Errorf("ended early: %v, %+v", err, k.Status().Last)
 		}
-		if err := k.call(t.Context(), taken); err != nil || k.Status().Last.Ended.IsZero() {
+		if err := k.call(t.Context(), taken, func() {}); err != nil || k.Status().Last.Ended.IsZero() {
 			t.Fatalf("error %v, %+v", err, k.Status().Last)
 		}
 		if !slices.Equal(d.order, []wgroam.Key{peerKey(3)}) {

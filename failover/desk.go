@@ -88,35 +88,48 @@ func (d *Desk) Said(by Source) Role {
 }
 
 // Say gives a source's word; an empty role takes it back. The error wraps ErrFixed
-// if the configuration fixes the role, or says that the word is in memory only.
+// if the configuration fixes the role, or says that the word is in memory only. The role
+// does not wait for the memory.
 func (d *Desk) Say(by Source, role Role) error {
+	role, changed, err := d.say(by, role)
+	if err != nil || !changed || by == ByVIP { // which can be seen again
+		return err
+	}
+	if err := d.cfg.Memory.write(); err != nil {
+		return fmt.Errorf("the role is %s, but that will be forgotten when this daemon ends: %w", role, err)
+	}
+	return nil
+}
+
+// say returns the role that is so then, and whether the word is another.
+func (d *Desk) say(by Source, role Role) (after Role, changed bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.words.Config != "" {
-		return fmt.Errorf("%w: the configuration says %s: set role = \"auto\" there", ErrFixed, d.words.Config)
+		return "", false, fmt.Errorf("%w: the configuration says %s: set role = \"auto\" there", ErrFixed, d.words.Config)
 	}
 	before, _ := d.words.decide()
 	if d.old && role != "" && (by == ByVIP || by == ByVRRP) {
-		// keepalived may have moved the virtual IP while no daemon heard it.
-		d.old, d.words.VRRP = false, ""
+		// keepalived may have moved the virtual IP while no daemon heard it. If that is where
+		// it was, nothing has happened that keepalived would speak of.
+		if d.old = false; by == ByVRRP || role != d.words.VRRP {
+			d.words.VRRP = ""
+		}
 	}
 	for _, s := range d.words.said() {
 		if s.by == by {
 			if *s.role == role {
-				return nil
+				return before, false, nil
 			}
 			*s.role = role
 		}
 	}
 	d.decided(before)
-	after, _ := d.words.decide()
-	if by == ByVIP {
-		return nil // it can be seen again
+	if by != ByVIP {
+		d.cfg.Memory.note(d.words.Verb, d.words.VRRP)
 	}
-	if err := d.cfg.Memory.keepWords(d.words.Verb, d.words.VRRP); err != nil {
-		return fmt.Errorf("the role is %s, but that will be forgotten when this daemon ends: %w", after, err)
-	}
-	return nil
+	after, _ = d.words.decide()
+	return after, true, nil
 }
 
 // decided tells of another role than before. d.mu is held.

@@ -4,6 +4,7 @@ package failover
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -42,8 +43,16 @@ func shut(ports ...int) string {
 // from returns what the gate says while all that WireGuard sends bears one of the
 // addresses.
 func from(vips []netip.Addr, port int) string {
-	return fmt.Sprintf("wgroam: active, port %d sends from %s", port, strings.Trim(fmt.Sprint(vips), "[]"))
+	says := fmt.Sprintf("wgroam: active, port %d sends from %s", port, strings.Trim(fmt.Sprint(vips), "[]"))
+	if len(says) > mostComment {
+		says = fmt.Sprintf("wgroam: active, port %d sends from %d addresses, %x", port, len(vips), sha256.Sum256([]byte(says)))
+	}
+	return says
 }
+
+// mostComment is how long a comment can be, which is kept with its type, its length and a
+// zero (nf_tables.h, NFT_USERDATA_MAXLEN is 256).
+const mostComment = 253
 
 // opened is what a gate says that was shut, and has been opened in haste.
 const opened = "wgroam: active, being tidied up"

@@ -197,6 +197,20 @@ func TestGate(t *testing.T) {
 	want("without a gate", pass(guarded, free, "10.9.9.1", other), "10.9.9.1")
 }
 
+// TestGateOfMany: what the gate says fits in, however many addresses there are.
+func TestGateOfMany(t *testing.T) {
+	inNamespace(t)
+	g := newGate(nil, "wg0")
+	var vips []netip.Addr
+	for i := range 16 { // as many as the configuration can have
+		vips = append(vips, netip.AddrFrom16([16]byte{0: 0xfd, 8: 1, 15: byte(i)}))
+		says := from(vips, 51820)
+		if err := g.from(vips, 51820); err != nil || g.says() != says {
+			t.Fatalf("%d addresses: error %v, the gate says %q, want %q", len(vips), err, g.says(), says)
+		}
+	}
+}
+
 // TestGateWatch: who watches the rules hears of it when another tool flushes them.
 func TestGateWatch(t *testing.T) {
 	inNamespace(t)

@@ -72,8 +72,11 @@ type Keeper struct {
 	kernel bool      // the device is the kernel's; at the last dump
 	asked  bool      // the gate itself, whether there is one
 	down   bool      // the standby's link was found so
+	lacks  bool      // a silent standby's link has not got all back
 	low    bool      // the standby's link was down at the last look
-	raised time.Time // when somebody set it up
+	raised time.Time // when somebody set it up, or was last seen to go on
+	begun  time.Time // when somebody set it up
+	made   int       // addresses and routes that there were then
 	known  []contact // of a standby, at the last dump
 	told   time.Time // when the progress was last told
 	heard  int64     // packets that the shut gate had dropped at the last step; negative if not known
@@ -133,8 +136,9 @@ const (
 	forgetPorts = time.Minute
 	// raisedFor is how long a standby's link that somebody sets up is left alone, but for
 	// the gate: wg-quick fails, and deletes the device, when the link is down again before
-	// it has made its routes.
-	raisedFor = 3 * time.Second
+	// it has made its routes. It may take raisedMost, as long as some are added.
+	raisedFor  = 3 * time.Second
+	raisedMost = 5 * time.Minute
 	// watchAgain is how long after a failure links or rules are watched again.
 	watchAgain = 10 * time.Second
 )
@@ -282,7 +286,7 @@ func (k *Keeper) quiet() error {
 		if dev, err = k.dump(); err != nil {
 			return err
 		}
-		k.known = contacts(dev.Peers)
+		k.known = nil // until their intervals are known to the memory
 	}
 	// Shut, nothing passes, whatever happens then. A link that is down has no socket;
 	// but it may be set up by somebody else.
@@ -296,10 +300,13 @@ func (k *Keeper) quiet() error {
 	}
 	k.listen()
 	if link.Up && k.low {
-		k.raised = time.Now()
+		k.begun, k.raised = time.Now(), time.Now()
 	}
 	k.low = !link.Up
 	if link.Up && gateErr == nil && time.Since(k.raised) < raisedFor {
+		if now, err := k.settings(); err == nil && now.count() != k.made && time.Since(k.begun) < raisedMost {
+			k.made, k.raised = now.count(), time.Now()
+		}
 		k.dumped = time.Time{} // to look then
 		return nil
 	}
@@ -308,11 +315,12 @@ func (k *Keeper) quiet() error {
 			k.dumped = time.Time{} // again at the next step
 			return errors.Join(gateErr, err)
 		}
+		k.known = contacts(dev.Peers)
 	}
 	if k.down {
-		return errors.Join(gateErr, errDown)
+		gateErr = errors.Join(gateErr, errDown)
 	}
-	return gateErr
+	return errors.Join(gateErr, k.cfg.Memory.flush())
 }
 
 // listen tells the desk of peers that talk to a standby, which the gate keeps from the
@@ -360,8 +368,9 @@ func shutPorts(g *gate, m *Memory, ports []int) error {
 	if g.says() == shut(ports...) {
 		return nil
 	}
-	// Memory or not, they are shut.
-	return errors.Join(m.keepGate(ports), g.shut(ports...))
+	// Memory or not, they are shut; and before it, for a disk may take its time. Should this
+	// daemon end in between, the next one asks the gate itself.
+	return errors.Join(g.shut(ports...), m.keepGate(ports))
 }
 
 // ShutAhead shuts the ports that a standby's device had, before there is a device again:
@@ -394,7 +403,10 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 	if t == nil || !t.Promoted.IsZero() {
 		t = &taken{iface: k.of}
 		if before != nil { // a promotion that did not end
-			t.Keepalives, t.settings = before.Keepalives, before.settings
+			t.settings = before.settings
+			if !before.Called { // or they are all back, and somebody may have set others
+				t.Keepalives = before.Keepalives
+			}
 		}
 	}
 	if t.Keepalives == nil {
@@ -419,11 +431,8 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 	// next promotion from making new ones.
 	reset := up && (!k.cfg.Silent || !t.Reset)
 	if reset {
-		var now settings
-		if err := k.cfg.Space.Do(func() (err error) {
-			now, err = readSettings(k.cfg.Ifindex)
-			return err
-		}); err != nil {
+		now, err := k.settings()
+		if err != nil {
 			return fmt.Errorf("read addresses and routes: %w", err)
 		}
 		n := t.count()
@@ -458,10 +467,21 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 			return err
 		}
 	}
-	if !up {
-		return k.give(t)
+	if !up || k.lacks {
+		err := k.give(t)
+		k.lacks = err != nil
+		return err
 	}
 	return nil
+}
+
+// settings reads the addresses and routes that the link has.
+func (k *Keeper) settings() (now settings, err error) {
+	err = k.cfg.Space.Do(func() (err error) {
+		now, err = readSettings(k.cfg.Ifindex)
+		return err
+	})
+	return now, err
 }
 
 // give sets the link up, and gives it its addresses and routes.
@@ -483,6 +503,9 @@ func (k *Keeper) link() (link wg.Link, err error) {
 		link, err = wg.LinkByName(k.cfg.Name)
 		return err
 	})
+	if err == nil && link.Ifindex != k.cfg.Ifindex {
+		err = fmt.Errorf("%w: another one has the name %s by now", wg.ErrNoDevice, k.cfg.Name)
+	}
 	return link, err
 }
 
@@ -540,7 +563,15 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) (err error) {
 		if behind := k.cfg.Behind(); behind > 0 {
 			k.cfg.Log.Error("this host's clock is behind the group's: peers ignore its handshakes for that long", "behind", behind.Round(time.Millisecond))
 		}
-		if err := k.call(ctx, t); err != nil || ctx.Err() != nil {
+		tend := func() {
+			if giveErr != nil { // an IPv6 address cannot be a route's source at once
+				giveErr = k.give(t)
+			}
+			if len(vips) > 0 && k.gate.says() == "" { // somebody has flushed the ruleset
+				_, gateErr = k.unshut(vips)
+			}
+		}
+		if err := k.call(ctx, t, tend); err != nil || ctx.Err() != nil {
 			return errors.Join(gateErr, giveErr, err)
 		}
 		t.Called = true

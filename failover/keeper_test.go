@@ -5,6 +5,7 @@ package failover
 import (
 	"cmp"
 	"errors"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -163,5 +164,129 @@ func TestKeeperCrashes(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// observed is a device that tells of each time that it is read.
+type observed struct {
+	*fakeDevice
+	read func()
+}
+
+func (o *observed) Device(name string) (wg.Device, error) {
+	o.read()
+	d, err := o.fakeDevice.Device(name)
+	d.Port = 51820
+	return d, err
+}
+
+// setUpOne makes the link of a test's device; it is down.
+func setUpOne(t *testing.T) netlink.Link {
+	t.Helper()
+	inNamespace(t)
+	err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "one"}, PeerName: "two"})
+	link, linkErr := netlink.LinkByName("one")
+	if err = errors.Join(err, linkErr); err != nil {
+		t.Fatal(err)
+	}
+	return link
+}
+
+// TestKeeperRaised: a standby's device that is just being set up may be promoted before
+// anything was taken from it, and keeps its intervals.
+func TestKeeperRaised(t *testing.T) {
+	for _, mode := range []string{"down", "silent"} {
+		t.Run(mode, func(t *testing.T) {
+			link := setUpOne(t)
+			d := &fakeDevice{t: t, peers: map[wgroam.Key]*fakePeer{}}
+			k, desk := testKeeper(t, t.TempDir(), mode, d)
+			k.cfg.Device = &observed{d, func() {}}
+			desk.mustSay(t, ByVerb, Standby)
+			k.Step(t.Context())
+			d.peers[peerKey(1)] = &fakePeer{
+				Peer:    wg.Peer{Key: peerKey(1), Endpoint: netip.MustParseAddrPort("192.0.2.9:1"), Keepalive: 25 * time.Second},
+				answers: time.Nanosecond,
+			}
+			if err := netlink.LinkSetUp(link); err != nil {
+				t.Fatal(err)
+			}
+			k.Step(t.Context())
+			if got := d.peers[peerKey(1)].Keepalive; got == 0 {
+				t.Fatal("something was taken from a link that was set up this moment")
+			}
+			desk.mustSay(t, ByVerb, Active)
+			d.peers[peerKey(1)].LastHandshake = time.Now().Add(time.Minute) // by the interval that it has
+			k.Step(t.Context())
+			if got := d.peers[peerKey(1)].Keepalive; got != 25*time.Second {
+				t.Errorf("the interval is %v, want 25s", got)
+			}
+		})
+	}
+}
+
+// TestKeeperPatience: who sets a standby's link up has more time while it gets more.
+func TestKeeperPatience(t *testing.T) {
+	link := setUpOne(t)
+	d := &fakeDevice{t: t, peers: map[wgroam.Key]*fakePeer{}}
+	k, desk := testKeeper(t, t.TempDir(), "down", d)
+	k.cfg.Device = &observed{d, func() {}}
+	desk.mustSay(t, ByVerb, Standby)
+	k.Step(t.Context())
+	if err := netlink.LinkSetUp(link); err != nil {
+		t.Fatal(err)
+	}
+	k.Step(t.Context())
+	for i, more := range []bool{true, false} {
+		if more {
+			addr, err := netlink.ParseAddr("fd01::1/64") // IPv4 stays anyway
+			if err = errors.Join(err, netlink.AddrAdd(link, addr)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := time.Now().Add(-raisedFor / 2)
+		k.raised = before
+		k.Step(t.Context())
+		if got := k.raised.After(before); got != more {
+			t.Errorf("%d: more time %v, want %v", i, got, more)
+		}
+	}
+	k.raised = time.Now().Add(-raisedFor)
+	k.Step(t.Context())
+	if l, err := netlink.LinkByName("one"); err != nil || l.Attrs().Flags&net.FlagUp != 0 {
+		t.Errorf("the link is up: %v, %v", l, err)
+	}
+}
+
+// TestKeeperTends: what happens to the gate during a promotion is noticed before its end.
+func TestKeeperTends(t *testing.T) {
+	link := setUpOne(t)
+	d := &fakeDevice{t: t, peers: map[wgroam.Key]*fakePeer{
+		peerKey(1): {Peer: wg.Peer{Key: peerKey(1), Endpoint: netip.MustParseAddrPort("192.0.2.9:1")}}, // silent
+	}}
+	k, desk := testKeeper(t, t.TempDir(), "silent", d)
+	var said []string // once the rules are gone
+	reads := 0
+	k.cfg.Device = &observed{d, func() {
+		if said != nil {
+			said = append(said, k.gate.says())
+		}
+		if reads++; reads == 5 && k.role == Active {
+			if err := k.gate.remove(); err != nil {
+				t.Error(err)
+			}
+			said = []string{}
+		}
+	}}
+	if err := netlink.LinkSetUp(link); err != nil {
+		t.Fatal(err)
+	}
+	desk.mustSay(t, ByVerb, Standby)
+	k.Step(t.Context())
+	desk.mustSay(t, ByVerb, Active)
+	reads = 0
+	k.Step(t.Context())
+	want := from(k.cfg.VIP, 51820)
+	if len(said) < 2 || said[1] != want {
+		t.Errorf("after the rules were gone the gate says %q, want %q", said[:min(2, len(said))], want)
 	}
 }

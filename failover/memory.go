@@ -33,11 +33,14 @@ type Memory struct {
 	boot   string
 	former bool // the file is of an earlier boot
 
-	mu        sync.Mutex
-	data      memory
-	unwritten bool // data is not what is in the file, which could not be written
-	unsynced  bool // the disk may not have the file yet
-	syncing   bool // it is getting it
+	writing sync.Mutex // held while the file is written; before mu
+
+	mu       sync.Mutex // not held while a disk may be waited for
+	data     memory
+	changes  int  // of data
+	written  int  // how many of them are in the file
+	unsynced bool // the disk may not have the file yet
+	syncing  bool // it is getting it
 }
 
 // memory is the contents of the file.
@@ -125,11 +128,9 @@ func (m *Memory) words() (verb, vrrp Role) {
 	return m.data.Words.Verb, m.data.Words.VRRP
 }
 
-func (m *Memory) keepWords(verb, vrrp Role) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.data.Words.Verb, m.data.Words.VRRP = verb, vrrp
-	return m.write()
+// note notes what the verb and keepalived said, until it is written.
+func (m *Memory) note(verb, vrrp Role) {
+	m.change(func(d *memory) { d.Words.Verb, d.Words.VRRP = verb, vrrp })
 }
 
 // Offered returns the node that the role is being handed over to, by the verb; empty
@@ -142,12 +143,10 @@ func (m *Memory) Offered() string {
 
 // Offer remembers the node that the role is being handed over to; empty for none.
 func (m *Memory) Offer(node string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.data.Offered == node {
+	if m.Offered() == node {
 		return nil
 	}
-	m.data.Offered = node
+	m.change(func(d *memory) { d.Offered = node })
 	return m.write()
 }
 
@@ -167,15 +166,13 @@ func (m *Memory) taken(of iface) *taken {
 // keepTaken keeps a copy of what was taken; nil if all is given back. After an error
 // it is kept for as long as the daemon lives, and flush tries to write it.
 func (m *Memory) keepTaken(t *taken) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if t != nil {
 		// It is written with the next word as well, while the keeper goes on with t.
 		c := *t
 		c.Keepalives = maps.Clone(t.Keepalives)
 		t = &c
 	}
-	m.data.Taken = t
+	m.change(func(d *memory) { d.Taken = t })
 	return m.write()
 }
 
@@ -188,12 +185,10 @@ func (m *Memory) gate() bool {
 
 // noGate keeps that there is no gate any more.
 func (m *Memory) noGate() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if !m.data.Gate && !m.unwritten {
+	if m.has(func(d *memory) bool { return !d.Gate }) {
 		return nil
 	}
-	m.data.Gate = false
+	m.change(func(d *memory) { d.Gate = false })
 	return m.write()
 }
 
@@ -207,30 +202,26 @@ func (m *Memory) ports() []int {
 // keepGate keeps that there is a gate, and for which ports. The caller may not change
 // them.
 func (m *Memory) keepGate(ports []int) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	same := slices.Equal(m.data.Ports, ports)
-	if m.data.Gate && same && !m.unwritten {
+	if m.has(func(d *memory) bool { return d.Gate && slices.Equal(d.Ports, ports) }) {
 		return nil
 	}
-	m.data.Gate, m.data.Ports = true, ports
+	same := slices.Equal(m.ports(), ports)
+	m.change(func(d *memory) { d.Gate, d.Ports = true, ports })
 	if same {
 		return m.write()
 	}
-	err := m.put(snapshot.Replace)
-	m.unsynced = m.unsynced && err != nil
-	return err
+	return m.put(snapshot.Replace, false)
 }
 
 // flush writes what could not be written, and has the disk get it, without waiting.
 func (m *Memory) flush() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.unwritten {
+	if !m.has(func(*memory) bool { return true }) {
 		if err := m.write(); err != nil {
 			return err
 		}
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if !m.unsynced || m.syncing {
 		return nil
 	}
@@ -246,34 +237,51 @@ func (m *Memory) flush() error {
 
 // remove deletes the file.
 func (m *Memory) remove() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	m.writing.Lock()
+	defer m.writing.Unlock()
 	if err := os.Remove(m.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
 }
 
-// write writes the file, which outlives the daemon then. m.mu is held.
-func (m *Memory) write() error {
-	err := m.put(snapshot.Put)
-	m.unsynced = m.unsynced || err == nil
-	return err
+// change changes what is remembered, until it is written.
+func (m *Memory) change(f func(*memory)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f(&m.data)
+	m.changes++
 }
 
-// put writes the file by put. m.mu is held.
-func (m *Memory) put(put func(path string, data []byte) error) error {
-	m.unwritten = true
+// has reports whether something is remembered, and written.
+func (m *Memory) has(f func(*memory) bool) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.written == m.changes && f(&m.data)
+}
+
+// write writes the file, which outlives the daemon then.
+func (m *Memory) write() error { return m.put(snapshot.Put, true) }
+
+// put writes the file by put, which may leave it unsynced.
+func (m *Memory) put(put func(path string, data []byte) error, unsynced bool) error {
+	m.writing.Lock()
+	defer m.writing.Unlock()
 	if m.boot == "" {
 		return errBoot
 	}
+	m.mu.Lock()
+	changes := m.changes
 	data, err := json.Marshal(m.data)
+	m.mu.Unlock()
 	if err == nil {
 		err = put(m.path, data)
 	}
 	if err != nil {
 		return fmt.Errorf("make state.dir writable, and room there: %w", err)
 	}
-	m.unwritten = false
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.written, m.unsynced = changes, unsynced
 	return nil
 }

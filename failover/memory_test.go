@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/wgroam/wgroam"
 	"github.com/wgroam/wgroam/internal/wg"
@@ -383,4 +386,65 @@ func isUp(t *testing.T) bool {
 		t.Fatal(err)
 	}
 	return link.Up
+}
+
+func (m *Memory) keepWords(verb, vrrp Role) error {
+	m.note(verb, vrrp)
+	return m.write()
+}
+
+// TestHangingDisk: a standby is one, and is shut, also while nothing can be written.
+func TestHangingDisk(t *testing.T) {
+	inNamespace(t)
+	space, err := wg.OpenSpace("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer space.Close()
+	dir := t.TempDir()
+	d, _ := testDesk(t, dir, DeskConfig{})
+	d.mustSay(t, ByVerb, Active)
+	// To open it for writing takes until somebody reads.
+	disk := filepath.Join(dir, "failover-wg0.json.new")
+	if err := unix.Mkfifo(disk, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 2)
+	go func() { written <- d.Say(ByVerb, Standby) }()
+	g := newGate(space, "wg0")
+	go func() { written <- shutPorts(g, d.cfg.Memory, []int{51820}) }()
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+		role, _, _ := d.Role()
+		if role == Standby && g.says() == shut(51820) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the role is %s, the gate says %q", role, g.says())
+		}
+	}
+	select {
+	case err := <-written:
+		t.Errorf("it was written: %v", err)
+	default:
+	}
+	// It works again.
+	go func() {
+		if r, err := os.Open(disk); err == nil {
+			_, _ = io.Copy(io.Discard, r)
+			r.Close()
+		}
+	}()
+	for range 2 {
+		<-written // what became of what went into the FIFO does not matter
+	}
+	if err := os.Remove(disk); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	if err := errors.Join(d.cfg.Memory.keepGate([]int{51821}), d.cfg.Memory.flush()); err != nil {
+		t.Fatal(err)
+	}
+	m, err := OpenMemory(dir, "wg0")
+	if err != nil || m.data.Words.Verb != Standby || !m.data.Gate {
+		t.Errorf("remembered: %+v, error %v", m.data, err)
+	}
 }

@@ -151,6 +151,13 @@ func TestDeskWaits(t *testing.T) {
 	d.mustSay(t, ByVRRP, Active)
 	d.mustSay(t, ByVIP, Standby)
 	wantRole(t, d, Active, ByVRRP)
+
+	// keepalived says nothing when a daemon is restarted, and goes on to count.
+	d, _ = testDesk(t, dir, DeskConfig{VRRP: true, VIP: true})
+	d.mustSay(t, ByVIP, Active)
+	wantRole(t, d, Active, ByVRRP)
+	d.mustSay(t, ByVIP, Standby)
+	wantRole(t, d, Active, ByVRRP)
 }
 
 // TestMemoryRefused: a file that is not ours is kept, and the daemon goes on.

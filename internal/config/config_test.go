@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -324,6 +325,10 @@ nkey = "/etc/wgroam/events.nk"
 }
 
 func TestMistakes(t *testing.T) {
+	manyVIPs := "203.0.113.0"
+	for i := range 16 {
+		manyVIPs += "','203.0.113." + strconv.Itoa(i+1)
+	}
 	const wg0 = "[[device]]\nname='wg0'\n"
 	for _, tt := range []struct {
 		name, text string
@@ -377,6 +382,7 @@ func TestMistakes(t *testing.T) {
 		{"vip prefix", wg0 + "vip=['203.0.113.10/24']\n", []string{`f:3: device.vip: "203.0.113.10/24" is not an IP address: write it without prefix length or port, as 203.0.113.10 or 2001:db8::10`}},
 		{"vip loopback", wg0 + "vip=['127.0.0.1']\n", []string{`f:3: device.vip: 127.0.0.1 cannot be the address of a gateway: want a unicast IPv4 or IPv6 address without zone`}},
 		{"vip mapped", wg0 + "vip=['::ffff:203.0.113.1']\n", []string{`f:3: device.vip: ::ffff:203.0.113.1 cannot be the address of a gateway: want a unicast IPv4 or IPv6 address without zone`}},
+		{"many vips", wg0 + "vip=['" + manyVIPs + "']\n", []string{`f:3: device.vip: 17 addresses, want at most 16`}},
 		{"vip twice", wg0 + "vip=['203.0.113.1','203.0.113.1']\n", []string{`f:3: device.vip: 203.0.113.1 is there twice: keep one`}},
 		{"vrrp without FIFO", wg0 + "role='auto'\nvrrp='VI_1'\n", []string{`f:4: device.vrrp: there is no way to hear of it: set keepalived.fifo to the path of keepalived's vrrp_notify_fifo`}},
 		{"vrrp and a fixed role", wg0 + "vrrp='VI_1'\n[keepalived]\nfifo='/f'\n", []string{`f:3: device.vrrp: the role is fixed: set role = "auto", or remove this key`}},

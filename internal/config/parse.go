@@ -123,6 +123,10 @@ const (
 	maxSecret = 64 << 10
 )
 
+// maxVIPs bounds the virtual IPs of a device: the kernel cannot tell of a rule that has too
+// many.
+const maxVIPs = 16
+
 // Load reads the configuration file at path and the secret files that it
 // names. The error has a line per mistake, each with the file's name, the line
 // number where there is one, the key, and what to do about it.
@@ -324,6 +328,9 @@ func (p *parser) device(i int, r, def rawDevice) Device {
 		default:
 			d.VIP = append(d.VIP, a)
 		}
+	}
+	if len(d.VIP) > maxVIPs {
+		p.mistake(i, "device.vip", "%d addresses, want at most %d", len(d.VIP), maxVIPs)
 	}
 	return d
 }
