@@ -24,14 +24,16 @@ func (s Setup) hash() uint64 { return s.AllowedIPs ^ s.PresharedKey }
 
 // Setups is how a device is configured for all its peers. It does not change.
 type Setups struct {
+	Port    int     // that the device listens on
 	list    []Setup // by peer
 	digests Digests
 }
 
-// NewSetups returns the Setups of distinct peers, in any order. It takes the slice.
-func NewSetups(list []Setup) Setups {
+// NewSetups returns the Setups of a device that listens on a port, and of distinct peers, in
+// any order. It takes the slice.
+func NewSetups(port int, list []Setup) Setups {
 	slices.SortFunc(list, bySetupPeer)
-	s := Setups{list: list}
+	s := Setups{Port: port, list: list}
 	for _, p := range list {
 		s.digests[BucketOf(p.Peer)] ^= p.hash()
 	}
@@ -65,6 +67,7 @@ func (b *BucketSet) Len() (n int) {
 
 // SetupDiff is what a device has in buckets in which another one differs.
 type SetupDiff struct {
+	Port      int       // that the device listens on; 0 if it does not say
 	Peers     int       // in the device
 	Differing int       // buckets that differ
 	Told      BucketSet // those of them that Setups has
@@ -78,7 +81,7 @@ func (s *Setups) Differing(theirs *Digests, most int) SetupDiff {
 	for _, p := range s.list {
 		sizes[BucketOf(p.Peer)]++
 	}
-	d := SetupDiff{Peers: len(s.list)}
+	d := SetupDiff{Port: s.Port, Peers: len(s.list)}
 	for b, digest := range s.digests {
 		if digest == theirs[b] {
 			continue

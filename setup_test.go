@@ -28,10 +28,10 @@ func TestSetupsCompare(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			here, there := NewSetups(c.here), NewSetups(c.there)
+			here, there := NewSetups(1, c.here), NewSetups(2, c.there)
 			ask := here.Digests()
 			diff := there.Differing(&ask, 100)
-			if diff.Peers != len(c.there) || (diff.Differing > 0) != (c.want != nil) {
+			if diff.Port != 2 || diff.Peers != len(c.there) || (diff.Differing > 0) != (c.want != nil) {
 				t.Errorf("the other says %+v", diff)
 			}
 			if got := here.Compare(diff); !cmp.Equal(got, c.want) {
@@ -47,7 +47,7 @@ func TestSetupsBounded(t *testing.T) {
 	for n := range 3000 {
 		list = append(list, Setup{Key{byte(n >> 8), byte(n), 1}, uint64(n), 1})
 	}
-	here, there := NewSetups(nil), NewSetups(list)
+	here, there := NewSetups(0, nil), NewSetups(0, list)
 	ask := here.Digests()
 	diff := there.Differing(&ask, 100)
 	if diff.Differing != Buckets || len(diff.Setups) > 100 || len(diff.Setups) < 90 {

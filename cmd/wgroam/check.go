@@ -40,8 +40,13 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	socket := fs.String("socket", "", "control socket of the daemon (default that of --config, or else "+defaultSocket+")")
 	feedOnly := fs.Bool("feed", false, "print nothing, and exit 1 unless every device's table is that of the group: for keepalived")
 	electOnly := fs.Bool("elect", false, "print nothing, and exit 1 where no daemon answers, or one that is active hands its role over: for keepalived")
+	device := fs.String("device", "", "with --feed or --elect, one device, as status names it, instead of all")
 	if err := parse(args); err != nil {
 		return err
+	}
+	if *device != "" && !*feedOnly && !*electOnly {
+		fmt.Fprintln(e.stderr, "wgroam check: --device is for --feed and --elect")
+		return errUsage
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -61,13 +66,23 @@ func checkVerb(ctx context.Context, e env, args []string) error {
 	}
 	path := cmp.Or(*socket, cfg.ControlSocket, defaultSocket)
 	if *feedOnly || *electOnly {
-		var status control.Status
-		verb := control.VerbStatus
+		var (
+			status control.Status
+			err    error
+		)
 		if *electOnly {
-			verb = control.VerbElect
+			err = control.Elect(ctx, path, *device, &status)
+		} else {
+			err = control.Get(ctx, path, control.VerbStatus, &status)
 		}
-		if err := control.Get(ctx, path, verb, &status); err != nil {
+		if err != nil {
 			return err
+		}
+		if *device != "" {
+			status.Devices = slices.DeleteFunc(status.Devices, func(d control.DeviceStatus) bool { return where(d.Name, d.Netns) != *device })
+			if len(status.Devices) == 0 {
+				return noDevice(*device)
+			}
 		}
 		if err := electable(status); *electOnly && err != nil {
 			return err
@@ -312,7 +327,7 @@ func electable(s control.Status) error {
 }
 
 // inStep returns an error that says which tables may lack something that another
-// node knows. A device without a feed has nobody to be in step with.
+// node knows. A device without a feed has nobody to be in step with; as a standby it should.
 func inStep(s control.Status) error {
 	var why []string
 	for _, d := range s.Devices {
@@ -320,7 +335,7 @@ func inStep(s control.Status) error {
 		switch {
 		case d.State == control.StateMissing, d.State == control.StateWaiting:
 			why = append(why, name+" is "+withReason(d.State, d.LastError))
-		case d.Feed.Mode != control.FeedNone && len(d.Feed.Nodes) == 0:
+		case len(d.Feed.Nodes) == 0 && (d.Feed.Mode != control.FeedNone || d.Role == string(failover.Standby)):
 			why = append(why, name+": no other node has been heard")
 		}
 		if to := d.Failover.Yields; to != "" {
@@ -346,7 +361,11 @@ func checkFeed(d control.DeviceStatus) []finding {
 		out = append(out, finding{Device: d.Name, Netns: d.Netns, Check: "feed", State: state, Detail: detail, Do: do})
 	}
 	if d.Feed.Mode == control.FeedNone {
-		add(checkWarn, "none: no other node hears of roams", "set nats.listen and nats.peers, or nats.url")
+		state := checkWarn
+		if d.Role == string(failover.Standby) {
+			state = checkFail // it knows nothing of the peers
+		}
+		add(state, "none: no other node hears of roams, nor this one of theirs", "set nats.listen and nats.peers, or nats.url")
 		return out
 	}
 	if d.Feed.Error != "" {

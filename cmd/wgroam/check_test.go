@@ -63,7 +63,10 @@ func TestCheckStatus(t *testing.T) {
 		"quiet":           {func(d *control.DeviceStatus) { d.Role, d.Failover.State = "standby", failover.StateQuiet }, "", ""},
 		"from the future": {func(d *control.DeviceStatus) { d.Feed.Refused = map[string]uint64{"skew": 1, "auth": 1} }, "feed", checkWarn},
 		"alone":           {func(d *control.DeviceStatus) { d.Feed = control.FeedStatus{Mode: control.FeedNone} }, "feed", checkWarn},
-		"unheard":         {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
+		"a standby alone": {func(d *control.DeviceStatus) {
+			d.Role, d.Failover.State, d.Feed = "standby", failover.StateQuiet, control.FeedStatus{Mode: control.FeedNone}
+		}, "feed", checkFail},
+		"unheard": {func(d *control.DeviceStatus) { d.Feed.Nodes = nil }, "feed", checkWarn},
 		"a standby unheard": {func(d *control.DeviceStatus) {
 			d.Role, d.Failover.State, d.Feed.Nodes = "standby", failover.StateQuiet, nil
 		}, "feed", checkFail},
@@ -104,7 +107,7 @@ func TestCheckStatus(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := healthy()
 			c.spoil(&d)
-			behind := slices.Contains([]string{"waiting", "missing", "unheard", "a standby unheard", "stale", "syncing", "yields", "hands over"}, name)
+			behind := slices.Contains([]string{"waiting", "missing", "unheard", "a standby alone", "a standby unheard", "stale", "syncing", "yields", "hands over"}, name)
 			if err := electable(control.Status{Devices: []control.DeviceStatus{d}}); (err != nil) != (name == "hands over") {
 				t.Errorf("electable: %v", err)
 			}

@@ -41,7 +41,6 @@ type daemon struct {
 	public  *events.Publisher // nil unless roams are published for other programs
 	devices []*device
 	fifo    *failover.FIFO // not read without a path
-	elected atomic.Int64   // when keepalived's script asked last, in nanoseconds since 1970
 	serving chan struct{}  // closed when there is a server
 
 	mu        sync.Mutex
@@ -136,6 +135,7 @@ type device struct {
 	desk    *failover.Desk
 	mem     *failover.Memory
 	handing handover
+	elected atomic.Int64 // when keepalived's script asked last, in nanoseconds since 1970
 
 	// found: whether the link was there when the daemon began is known, so that the next
 	// one is new. Of keep and unkept, which take turns.

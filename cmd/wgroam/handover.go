@@ -58,7 +58,29 @@ type handover struct {
 	tickets map[feed.Ticket]ticket
 	// yields is the node that keepalived is to prefer; empty for none.
 	yields string
+	// stop ends what this node's handover waits for, while it has taken nothing from
+	// anybody; or nil.
+	stop context.CancelFunc
 }
+
+// stoppable says by what the handover can be ended, from now on.
+func (h *handover) stoppable(stop context.CancelFunc) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.stop = stop
+}
+
+// end ends a handover that waits for the other node, or for the virtual IP.
+func (h *handover) end() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.stop != nil {
+		h.stop()
+	}
+}
+
+// errStopped: an operator has decided otherwise.
+var errStopped = errors.New("wgroam role has ended the handover: it shows what is so now")
 
 // ticket is good for one StepTake, of that life of a node.
 type ticket struct {
@@ -210,9 +232,17 @@ func (d *device) want(ctx context.Context, s *session, from applier.Node, tell f
 }
 
 // give hands the role over to another node. giving is held.
-func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted bool, tell func(step, detail string)) error {
+func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted bool, tell func(step, detail string)) (err error) {
+	waiting, stop := context.WithCancel(ctx)
+	defer stop()
+	d.handing.stoppable(stop)
+	defer func() {
+		if d.handing.stoppable(nil); waiting.Err() != nil && ctx.Err() == nil {
+			err = errStopped
+		}
+	}()
 	_, by, since := d.desk.Role() // it can change as soon as the other node is ready
-	r, err := d.prepare(ctx, s, to, wanted)
+	r, err := d.prepare(waiting, s, to, wanted)
 	if err != nil {
 		return err
 	}
@@ -220,10 +250,14 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 	switch other := d.overruled(); {
 	case verbDecides(by) && other != "":
 		return fmt.Errorf("the verb overrules %s here, which the role cannot be handed over against: take its word back on both nodes, with wgroam role auto", other)
-	case theirs != by && (!verbDecides(theirs) || !verbDecides(by)):
+	case verbDecides(theirs) != verbDecides(by):
 		return fmt.Errorf("the role of this node is by %s, that of %s by %s: let them be the same, with wgroam role auto where the verb has spoken", by, to.Name, theirs)
 	case !verbDecides(by):
-		return d.letMove(ctx, s, to, by, since, tell)
+		return d.letMove(waiting, s, to, since, tell)
+	}
+	// From here on it goes on to its end, within takenWithin, whoever has lost interest.
+	if d.handing.stoppable(nil); waiting.Err() != nil {
+		return waiting.Err()
 	}
 	tell("ready", to.Name+" has every endpoint")
 	if err := d.mem.Offer(to.ID.String()); err != nil {
@@ -232,7 +266,6 @@ func (d *device) give(ctx context.Context, s *session, to applier.Node, wanted b
 	if err := d.desk.Say(failover.ByVerb, failover.Standby); err != nil {
 		d.log.Error("going on with the handover", "err", err)
 	}
-	// From here on it ends within takenWithin, whoever has lost interest.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), takenWithin)
 	defer cancel()
 	err = await(ctx, func() bool { return d.acts() == failover.Standby })
@@ -330,8 +363,9 @@ func (s *session) flush(ctx context.Context) {
 
 // letMove waits for the virtual IP to move, for whoever moves it. This node has been active
 // since then.
-func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by failover.Source, since time.Time, tell func(step, detail string)) error {
-	if by == failover.ByVRRP {
+func (d *device) letMove(ctx context.Context, s *session, to applier.Node, since time.Time, tell func(step, detail string)) error {
+	keepalived := d.hearsVRRP()
+	if keepalived {
 		d.yield(to.Name)
 		tell("ready", to.Name+" has every endpoint; wgroam check --elect and --feed fail here now, so that keepalived prefers it")
 	} else {
@@ -348,18 +382,20 @@ func (d *device) letMove(ctx context.Context, s *session, to applier.Node, by fa
 			s.lastRoams(ctx)
 		}
 		back = gone && role == failover.Active
-		return back || gone && s.isActive(to.ID.String())
+		return back || gone && len(d.actives()) > 0
 	})
 	switch {
 	case back:
 		d.yield("") // or keepalived would take it away again
 		return fmt.Errorf("the virtual IP has come back to this node: %s has not taken it; see what moves it there", to.Name)
-	case err == nil:
+	case err == nil && s.isActive(to.ID.String()):
 		tell("done", to.Name+" is active")
 		return nil
+	case err == nil:
+		return fmt.Errorf("%s is active now, and not %s: see what moves the virtual IP there", strings.Join(d.actives(), ", "), to.Name)
 	case gone:
 		return fmt.Errorf("this node is a standby, and %s does not say that it is active: look where the virtual IP is", to.Name)
-	case by == failover.ByVRRP:
+	case keepalived:
 		d.yield("")
 		return fmt.Errorf("keepalived has not moved the virtual IP within %v: let it track wgroam check --elect, as in contrib/keepalived", movedWithin)
 	}
@@ -422,8 +458,8 @@ func (s *session) staysActive(ctx context.Context, id string) bool {
 	defer cancel()
 	asked := time.Now()
 	_ = await(ctx, func() bool {
-		n, _ := s.node(id)
-		return n.Heard.After(asked)
+		n, live := s.node(id)
+		return !live || n.Heard.After(asked)
 	})
 	return s.isActive(id)
 }
@@ -590,7 +626,7 @@ func (d *device) take(ctx context.Context, q *feed.Question) error {
 }
 
 // settleOffer finds out what became of a handover that has no known end, because this
-// daemon or the other was killed, or an answer lost: if the other node is active this
+// daemon or the other was killed, or an answer lost: if another node is active this
 // one is not, and else it is again.
 func (d *device) settleOffer(ctx context.Context, s *session) {
 	tick := time.NewTicker(100 * time.Millisecond)
@@ -602,11 +638,11 @@ func (d *device) settleOffer(ctx context.Context, s *session) {
 			return
 		case <-tick.C:
 		}
-		to := d.mem.Offered()
 		if !d.handing.giving.TryLock() {
 			open = time.Now()
 			continue
 		}
+		to := d.mem.Offered()
 		role, by, _ := d.desk.Role()
 		if role == failover.Active {
 			d.yield("") // it is this one's turn again
@@ -619,8 +655,9 @@ func (d *device) settleOffer(ctx context.Context, s *session) {
 			open = time.Now()
 		case !verbDecides(by):
 			known = true // somebody else decides
-		case s.isActive(to):
-			// For a moment it may be one that gives up again.
+		case len(d.actives()) > 0:
+			// That node, or another to which it went on. For a moment it may be one that gives
+			// up again.
 			if time.Since(open) > openWithin {
 				word, known = failover.Standby, true
 			}

@@ -47,7 +47,7 @@ func verbs() []verb {
 		{"handover", "[--to NODE] [--device NAME] [--json]", "have another node take over, or take over", handoverVerb},
 		{"shut", "--config FILE", "at boot, before the network: keep devices quiet until the daemon knows their roles", shutVerb},
 		{"release", "--config FILE | --device NAME", "give the devices back, as they are without failover; the daemon has to be stopped", releaseVerb},
-		{"check", "[--json] [--config FILE] [--feed] [--elect]", "every prerequisite, and what to do about those that are not met", checkVerb},
+		{"check", "[--json] [--config FILE] [--feed] [--elect] [--device NAME]", "every prerequisite, and what to do about those that are not met", checkVerb},
 		{"demo", "[--json]", "the whole story on this machine, in network namespaces", demoVerb},
 		{"version", "[--json]", "version, commit and hashes of the BPF objects", versionVerb},
 	}

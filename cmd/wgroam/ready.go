@@ -83,12 +83,13 @@ func (d *device) rehearse(ctx context.Context, s *session) []finding {
 	role, _, _ := d.desk.Role()
 	r := rehearsal{d: d, s: s, standby: role != failover.Active && role != failover.Always}
 	d.settle(ctx)
+	began := time.Now()
 	got, err := s.setups.read()
 	if err != nil {
 		r.add("peers", checkFail, err.Error(), "see the log of the daemon", nil)
 		return r.out
 	}
-	r.table(got)
+	r.table(got, got.at.After(began))
 	r.drift(ctx, got.setups)
 	if role != failover.Always {
 		r.source(ctx, role, got.dev)
@@ -125,19 +126,21 @@ func (r *rehearsal) add(check, state, detail, do string, peers []control.Finding
 	})
 }
 
-// table compares the device with the table, and the table with that of the active.
-func (r *rehearsal) table(got reading) {
+// table compares the device, which has just been read or a while ago, with the table, and
+// the table with that of the active.
+func (r *rehearsal) table(got reading, fresh bool) {
 	var known, missing int
 	var stale []control.FindingPeer
 	for _, p := range got.dev.Peers {
 		record, ok := r.s.table.Get(p.Key)
 		state := r.s.applier.State(p.Key)
-		if state == applier.StateYes && record.Endpoint != p.Endpoint {
-			// Somebody has set another where nothing tells of it.
-			state = applier.StateOverridden
+		differs := ok && record.Endpoint != p.Endpoint
+		if differs && state == applier.StateYes {
+			// Written since then; or somebody has set another where nothing tells of it.
+			differs, state = fresh, applier.StateOverridden
 		}
 		switch {
-		case ok && record.Endpoint != p.Endpoint && record.Version.HLC.Time().Before(got.at.Add(-settleFor)):
+		case differs && record.Version.HLC.Time().Before(got.at.Add(-settleFor)):
 			stale = append(stale, control.FindingPeer{Peer: p.Key, What: string(state)})
 		case ok, p.Endpoint.IsValid():
 			known++
@@ -202,7 +205,21 @@ func (r *rehearsal) drift(ctx context.Context, ours wgroam.Setups) {
 			continue
 		}
 		r.compared(name, ours, diffs[i])
+		r.port(name, ours.Port, diffs[i].Port)
 	}
+}
+
+// port reports where the device of another node listens, if not where this one does.
+func (r *rehearsal) port(name string, ours, theirs int) {
+	if theirs == 0 || theirs == ours {
+		return
+	}
+	state := checkFail
+	if role, _, _ := r.d.desk.Role(); role == failover.Always {
+		state = checkWarn
+	}
+	r.add("peers", state, fmt.Sprintf("the device listens on port %d, that of %s on %d: after a failover peers send to where nobody listens", ours, name, theirs),
+		"give the device the same ListenPort on all nodes", nil)
 }
 
 // compared reports in what the device differs from that of another node.

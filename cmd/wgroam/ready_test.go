@@ -58,12 +58,35 @@ func TestCompared(t *testing.T) {
 		},
 		"too many": {nil, many, checkFail, "missing here, and more: that is "},
 	} {
-		here, there := wgroam.NewSetups(c.here), wgroam.NewSetups(c.there)
+		here, there := wgroam.NewSetups(0, c.here), wgroam.NewSetups(0, c.there)
 		ask := here.Digests()
 		r := rehearsal{d: &device{cfg: config.Device{Name: "wg0"}}}
 		r.compared("gw-b", here, there.Differing(&ask, 1000))
 		if len(r.out) != 1 || r.out[0].State != c.state || !strings.Contains(r.out[0].Detail, c.want) {
 			t.Errorf("%s: %+v, want %s %q", name, r.out, c.state, c.want)
+		}
+	}
+}
+
+// TestPorts: after a failover peers send to the port of the other node.
+func TestPorts(t *testing.T) {
+	for _, c := range []struct {
+		role         config.Role
+		ours, theirs int
+		state        string // empty for nothing to say
+	}{
+		{config.RoleAuto, 51820, 51820, ""},
+		{config.RoleAuto, 51820, 0, ""}, // a former version
+		{config.RoleAuto, 51820, 41234, checkFail},
+		{config.RoleAlways, 51820, 41234, checkWarn},
+	} {
+		r := rehearsal{d: roleDevice(t, config.Device{Role: c.role})}
+		r.port("gw-b", c.ours, c.theirs)
+		switch {
+		case c.state == "" && r.out == nil:
+		case len(r.out) == 1 && r.out[0].State == c.state && r.out[0].Check == "peers":
+		default:
+			t.Errorf("%+v: %+v", c, r.out)
 		}
 	}
 }

@@ -238,15 +238,19 @@ const trackedWithin = 5 * time.Second
 
 // elect is the status for keepalived's script, by which keepalived learns that this daemon
 // is alive, and this daemon that keepalived is.
-func (d *daemon) elect() control.Status {
-	d.elected.Store(time.Now().UnixNano())
+func (d *daemon) elect(name string) control.Status {
+	for _, dev := range d.devices {
+		if name == "" || name == where(dev.cfg.Name, dev.cfg.Netns) {
+			dev.elected.Store(time.Now().UnixNano())
+		}
+	}
 	return d.status()
 }
 
 // tracked reports whether keepalived's script asks; also while it has not had the time to.
-func (d *daemon) tracked(now time.Time) bool {
+func (d *device) tracked(now time.Time) bool {
 	last := time.Unix(0, d.elected.Load())
-	return now.Sub(last) < trackedWithin || now.Sub(d.started) < trackedWithin
+	return now.Sub(last) < trackedWithin || now.Sub(d.d.started) < trackedWithin
 }
 
 // vrrp passes on what keepalived says.
@@ -302,8 +306,10 @@ func (d *daemon) setRole(name, word string) error {
 	return errors.Join(errs...)
 }
 
-// setRole gives the verb's word, unless a handover is going on.
+// setRole gives the verb's word. It ends a handover that is waiting, and does not come
+// between the steps of one that is not.
 func (d *device) setRole(role failover.Role) error {
+	d.handing.end()
 	if err := d.handing.begin(context.Background()); err != nil {
 		return err
 	}
@@ -357,7 +363,7 @@ func (d *device) roleStatus(out *control.DeviceStatus) {
 	out.Keepalived = &control.Keepalived{
 		FIFO: d.d.fifo.Path, Name: d.cfg.VRRP, Says: string(d.desk.Said(failover.ByVRRP)), Heard: slices.Contains(names, d.cfg.VRRP),
 		Others: slices.DeleteFunc(names, func(n string) bool { return n == d.cfg.VRRP }),
-		Tracks: d.d.tracked(time.Now()),
+		Tracks: d.tracked(time.Now()),
 	}
 	if err != nil {
 		out.Keepalived.Error = err.Error()

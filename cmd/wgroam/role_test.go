@@ -114,7 +114,7 @@ func TestTracked(t *testing.T) {
 		"now":          {time.Hour, time.Second, true},
 		"not any more": {time.Hour, time.Minute, false},
 	} {
-		d := &daemon{started: now.Add(-c.started)}
+		d := &device{d: &daemon{started: now.Add(-c.started)}}
 		if c.asked > 0 {
 			d.elected.Store(now.Add(-c.asked).UnixNano())
 		}

@@ -20,7 +20,7 @@ import (
 var ErrNoDaemon = errors.New("no daemon answers")
 
 // Get asks the daemon on the socket at path and decodes the one document of
-// its answer into out: *Status for VerbStatus and VerbElect, *Peers for VerbPeers, or a
+// its answer into out: *Status for VerbStatus, *Peers for VerbPeers, or a
 // *json.RawMessage for the bytes as they are. Fields that out does not have are
 // skipped.
 //
@@ -28,6 +28,11 @@ var ErrNoDaemon = errors.New("no daemon answers")
 // caller may not ask, and ctx.Err() when ctx is done.
 func Get(ctx context.Context, path, verb string, out any) error {
 	return get(ctx, path, request{Verb: verb}, out)
+}
+
+// Elect is Get for VerbStatus, by keepalived's script, for a device, or for all if that is empty.
+func Elect(ctx context.Context, path, device string, out any) error {
+	return get(ctx, path, request{Verb: VerbElect, Device: device}, out)
 }
 
 // SetRole gives the verb's word on the role of a device, or of all that listen to it

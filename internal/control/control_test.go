@@ -147,7 +147,7 @@ func testFindings(context.Context) []Finding {
 }
 
 func handler() Handler {
-	return Handler{Status: testStatus, Elect: testStatus, Peers: testPeers, Check: testFindings, Events: NewHub(), SetRole: func(device, role string) error {
+	return Handler{Status: testStatus, Elect: func(string) Status { return testStatus() }, Peers: testPeers, Check: testFindings, Events: NewHub(), SetRole: func(device, role string) error {
 		if role != "active" || device != "wg0" {
 			return fmt.Errorf("%s of %s", role, strings.TrimSpace(device+" all"))
 		}
@@ -256,7 +256,7 @@ func TestGet(t *testing.T) {
 func TestEmpty(t *testing.T) {
 	status := func() Status { return Status{Devices: []DeviceStatus{{Keepalived: &Keepalived{}}}} }
 	h := Handler{
-		Status: status, Elect: status,
+		Status: status, Elect: func(string) Status { return status() },
 		Peers:  func() []Peer { return nil },
 		Check:  func(context.Context) []Finding { return nil },
 		Events: NewHub(),

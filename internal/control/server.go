@@ -61,8 +61,9 @@ var ErrInUse = errors.New("socket in use")
 // called concurrently.
 type Handler struct {
 	Status func() Status
-	// Elect is Status for keepalived's script.
-	Elect func() Status
+	// Elect is Status for keepalived's script, which asks for a device, or for all if that
+	// is empty.
+	Elect func(device string) Status
 	Peers func() []Peer
 	// Check may take seconds; it ends early with ctx.
 	Check  func(ctx context.Context) []Finding
@@ -238,6 +239,8 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 	case req.Verb == VerbHandover && req.Role == "":
 		_ = c.SetDeadline(time.Time{}) // it takes as long as the virtual IP does
 		s.handover(ctx, c, req)
+	case req.Verb == VerbElect && req.Role == "":
+		_ = encode(c, s.handler.Elect(req.Device).settle())
 	case req.Verb != VerbRole && (req.Role != "" || req.Device != ""):
 		_ = encode(c, failure{fmt.Sprintf("the verb %q takes neither role nor device", req.Verb)})
 	case req.Verb == VerbRole:
@@ -248,8 +251,6 @@ func (s *Server) answer(ctx context.Context, c net.Conn) {
 		_ = encode(c, s.handler.Status().settle())
 	case req.Verb == VerbStatus:
 		_ = encode(c, s.handler.Status().settle())
-	case req.Verb == VerbElect:
-		_ = encode(c, s.handler.Elect().settle())
 	case req.Verb == VerbPeers:
 		_ = encode(c, settlePeers(s.handler.Peers()))
 	case req.Verb == VerbCheck:

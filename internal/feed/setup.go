@@ -20,8 +20,9 @@ const (
 )
 
 const (
-	setupSize     = 32 + 8 + 8
-	setupDiffSize = 4 + 2 + wgroam.Buckets/8
+	setupSize      = 32 + 8 + 8
+	setupDiffLeast = 4 + 2 + wgroam.Buckets/8
+	setupDiffSize  = setupDiffLeast + 2
 )
 
 // appendSetupDiff appends the body of the first chunk of a setup reply, which is one
@@ -31,21 +32,27 @@ const (
 //	4  buckets  u16, that differ
 //	6  told     128 bytes, bit n%8 of byte n/8: bucket n is told whole in the
 //	            chunks that follow
+//	134  port   u16, that the device listens on; absent in former versions
 func appendSetupDiff(dst []byte, d wgroam.SetupDiff) []byte {
 	dst = binary.BigEndian.AppendUint32(dst, uint32(d.Peers))
 	dst = binary.BigEndian.AppendUint16(dst, uint16(d.Differing))
-	return append(dst, d.Told[:]...)
+	dst = append(dst, d.Told[:]...)
+	return binary.BigEndian.AppendUint16(dst, uint16(d.Port))
 }
 
 func decodeSetupDiff(h header, body []byte) (wgroam.SetupDiff, error) {
-	if h.count != 1 || len(body) < setupDiffSize {
+	if h.count != 1 || len(body) < setupDiffLeast {
 		return wgroam.SetupDiff{}, errMalformed
 	}
-	return wgroam.SetupDiff{
+	d := wgroam.SetupDiff{
 		Peers:     int(binary.BigEndian.Uint32(body)),
 		Differing: int(binary.BigEndian.Uint16(body[4:])),
 		Told:      wgroam.BucketSet(body[6:]),
-	}, nil
+	}
+	if len(body) >= setupDiffSize {
+		d.Port = int(binary.BigEndian.Uint16(body[setupDiffLeast:]))
+	}
+	return d, nil
 }
 
 // appendSetups appends the body of a later chunk. A record of it is:

@@ -40,14 +40,14 @@ func TestAskSetups(t *testing.T) {
 	}
 	next(t, "beat", asking.beats)
 
-	ours := wgroam.NewSetups(nil)
+	ours := wgroam.NewSetups(51820, nil)
 	have := ours.Digests()
 	for _, n := range []int{0, 1, feed.MaxRecords, feed.MaxRecords + 1, 4000, feed.MaxSetups + 5000} {
 		var list []wgroam.Setup
 		for i := range n {
 			list = append(list, wgroam.Setup{Peer: wgroam.Key{byte(i >> 8), byte(i)}, AllowedIPs: uint64(i), PresharedKey: 1})
 		}
-		theirs := wgroam.NewSetups(list)
+		theirs := wgroam.NewSetups(n, list)
 		answers <- theirs
 		got, err := asking.AskSetups(t.Context(), answering.Self(), &have)
 		if err != nil {

@@ -77,7 +77,7 @@ func BenchmarkSetups(b *testing.B) {
 		for i := range peers {
 			list[i] = setupOf(mac, &peers[i])
 		}
-		wgroam.NewSetups(list)
+		wgroam.NewSetups(0, list)
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/n, "ns/peer")
 }

@@ -228,7 +228,7 @@ func (c *Client) Setups(name string, key [32]byte) (dev Device, setups wgroam.Se
 		for i := range d.Peers {
 			list[i] = setupOf(mac, &d.Peers[i])
 		}
-		dev, setups = withoutSecrets(d), wgroam.NewSetups(list)
+		dev, setups = withoutSecrets(d), wgroam.NewSetups(d.ListenPort, list)
 		return nil
 	})
 	return dev, setups, err
