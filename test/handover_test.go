@@ -386,6 +386,61 @@ func TestHandoverRefused(t *testing.T) {
 	})
 }
 
+// TestHandoverEnded: what waits for the virtual IP does not wait for whom nobody waits any
+// more.
+func TestHandoverEnded(t *testing.T) {
+	l := newLab(t, lab.Config{})
+	a, h := startPair(t, l, "down")
+	a.awaitState("open")
+	h.awaitState("quiet")
+	steps, err := a.handover(func() { a.mustRole("active") })
+	if got := last(steps); err == nil || got.Step != control.HandoverFailed || !strings.Contains(got.Detail, "wgroam role has ended the handover") {
+		t.Errorf("%v: %+v", err, steps)
+	}
+	a.awaitRole("active", "verb")
+}
+
+// TestHandoverOvertaken: a node that was killed when it had handed its role over does not
+// take it back from another to which it has gone on.
+func TestHandoverOvertaken(t *testing.T) {
+	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "c"}})
+	var nodes []*node
+	for _, gw := range l.Gateways {
+		dir := t.TempDir()
+		nodes = append(nodes, startNode(t, gw, dir, roleConfig(gw, dir, `role = "auto"`, "", others(l, gw)...)))
+	}
+	a, h, c := nodes[0], nodes[1], nodes[2]
+	for _, n := range nodes {
+		n.awaitNodes(2)
+		n.mustRole("standby")
+	}
+	offered := ""
+	for _, n := range a.status().Feed.Nodes {
+		if n.Name == "gw-"+h.gw.Name {
+			offered = n.ID
+		}
+	}
+	// As if it had been killed as soon as the other node had taken the role.
+	a.stop()
+	path := filepath.Join(filepath.Dir(a.file), "failover-"+a.gw.Device()+".json")
+	data, err := os.ReadFile(path)
+	must(t, err)
+	var memory map[string]any
+	must(t, json.Unmarshal(data, &memory))
+	memory["offered"] = offered
+	data, err = json.Marshal(memory)
+	must(t, err)
+	must(t, os.WriteFile(path, data, 0o600))
+	c.mustRole("active")
+	a.run()
+	await(t, "it is known what has become of the handover", func() (bool, string) {
+		data, err := os.ReadFile(path)
+		return err == nil && !strings.Contains(string(data), "offered"), string(data)
+	})
+	a.awaitRole("standby", "verb")
+	c.awaitRole("active", "verb")
+}
+
 // TestHandoverKilled: whichever daemon is killed in the middle, in the end one node is
 // active, and not both.
 func TestHandoverKilled(t *testing.T) {

@@ -290,12 +290,30 @@ func deaf(e *elected) bool {
 	})
 }
 
+// restart restarts the daemons of nodes.
+func (p *vrrpPair) restart(nodes ...*elected) {
+	p.active.t.Helper()
+	for _, e := range nodes {
+		role := e.status().Role
+		e.stop()
+		e.run()
+		e.awaitRole(role, "vrrp")
+	}
+	for _, e := range []*elected{p.active, p.standby} {
+		e.awaitNodes(1)
+	}
+}
+
 // TestKeepalivedHandover: keepalived moves the virtual IP when wgroam hands over, asked by
 // either node, and leaves it there.
 func TestKeepalivedHandover(t *testing.T) {
 	p := newVRRPPair(t)
 	for round, ask := range []func() *elected{
-		func() *elected { return p.active }, func() *elected { return p.standby },
+		func() *elected { return p.active },
+		func() *elected { return p.standby },
+		// Restarted, as for an upgrade: keepalived says nothing then.
+		func() *elected { p.restart(p.standby); return p.active },
+		func() *elected { p.restart(p.standby, p.active); return p.active },
 	} {
 		for i, c := range p.lab.Clients {
 			roam(t, c, i)
