@@ -42,7 +42,7 @@ type Desk struct {
 	changed chan struct{} // the role has
 	words   words
 	started time.Time
-	old     bool      // the word of ByVRRP was said to an earlier daemon
+	old     bool      // the word of ByVRRP was said to an earlier daemon, and not since
 	since   time.Time // of the role
 	heard   time.Time // the last packet of peers that a standby got
 	dropped int64     // of them, those that the gate has dropped
@@ -61,6 +61,9 @@ func NewDesk(cfg DeskConfig) *Desk {
 	d.words.wait = cfg.VIP || cfg.VRRP
 	if cfg.Fixed == "" {
 		d.words.Verb, d.words.VRRP = cfg.Memory.words()
+		if !cfg.VRRP {
+			d.words.VRRP = "" // it could never be taken back
+		}
 		d.old = d.words.VRRP != ""
 	}
 	return d
@@ -109,12 +112,15 @@ func (d *Desk) say(by Source, role Role) (after Role, changed bool, err error) {
 		return "", false, fmt.Errorf("%w: the configuration says %s: set role = \"auto\" there", ErrFixed, d.words.Config)
 	}
 	before, _ := d.words.decide()
-	if d.old && role != "" && (by == ByVIP || by == ByVRRP) {
-		// keepalived may have moved the virtual IP while no daemon heard it. If that is where
-		// it was, nothing has happened that keepalived would speak of.
-		if d.old = false; by == ByVRRP || role != d.words.VRRP {
-			d.words.VRRP = ""
-		}
+	// keepalived may have moved the virtual IP while no daemon heard it. Where that agrees with
+	// what it said, nothing has happened that it would speak of; once it does not, keepalived
+	// speaks as well, or has not been heard since then.
+	moved := d.old && by == ByVIP && role != "" && role != d.words.VRRP
+	if moved {
+		d.words.VRRP = ""
+	}
+	if moved || by == ByVRRP {
+		d.old = false
 	}
 	for _, s := range d.words.said() {
 		if s.by == by {
@@ -125,7 +131,7 @@ func (d *Desk) say(by Source, role Role) (after Role, changed bool, err error) {
 		}
 	}
 	d.decided(before)
-	if by != ByVIP {
+	if by != ByVIP || moved {
 		d.cfg.Memory.note(d.words.Verb, d.words.VRRP)
 	}
 	after, _ = d.words.decide()

@@ -72,7 +72,7 @@ type Keeper struct {
 	kernel bool      // the device is the kernel's; at the last dump
 	asked  bool      // the gate itself, whether there is one
 	down   bool      // the standby's link was found so
-	lacks  bool      // a silent standby's link has not got all back
+	lacks  error     // why a silent standby's link has not got all back; nil if it has
 	low    bool      // the standby's link was down at the last look
 	raised time.Time // when somebody set it up, or was last seen to go on
 	begun  time.Time // when somebody set it up
@@ -215,6 +215,7 @@ func (k *Keeper) Step(ctx context.Context) {
 	if role != k.role {
 		if role == Standby {
 			// Fresh, it was down a moment ago.
+			k.lacks = nil
 			k.dumped, k.low, k.raised = time.Time{}, k.cfg.Fresh && k.role == "", time.Time{}
 		}
 		k.role, k.heard = role, -1
@@ -320,7 +321,7 @@ func (k *Keeper) quiet() error {
 	if k.down {
 		gateErr = errors.Join(gateErr, errDown)
 	}
-	return errors.Join(gateErr, k.cfg.Memory.flush())
+	return errors.Join(gateErr, k.lacks, k.cfg.Memory.flush())
 }
 
 // listen tells the desk of peers that talk to a standby, which the gate keeps from the
@@ -366,10 +367,10 @@ func (k *Keeper) shut() error {
 
 func shutPorts(g *gate, m *Memory, ports []int) error {
 	if g.says() == shut(ports...) {
+		_ = m.keepGate(ports) // unless a daemon ended in between; flush says what is wrong
 		return nil
 	}
-	// Memory or not, they are shut; and before it, for a disk may take its time. Should this
-	// daemon end in between, the next one asks the gate itself.
+	// Memory or not, they are shut; and before it, for a disk may take its time.
 	return errors.Join(g.shut(ports...), m.keepGate(ports))
 }
 
@@ -467,10 +468,8 @@ func (k *Keeper) take(dev wg.Device, up bool) error {
 			return err
 		}
 	}
-	if !up || k.lacks {
-		err := k.give(t)
-		k.lacks = err != nil
-		return err
+	if !up || k.lacks != nil {
+		k.lacks = k.give(t)
 	}
 	return nil
 }
@@ -563,7 +562,12 @@ func (k *Keeper) open(ctx context.Context, vips []netip.Addr) (err error) {
 		if behind := k.cfg.Behind(); behind > 0 {
 			k.cfg.Log.Error("this host's clock is behind the group's: peers ignore its handshakes for that long", "behind", behind.Round(time.Millisecond))
 		}
+		tended := time.Now()
 		tend := func() {
+			if time.Since(tended) < lookSeldom {
+				return
+			}
+			tended = time.Now()
 			if giveErr != nil { // an IPv6 address cannot be a route's source at once
 				giveErr = k.give(t)
 			}
@@ -674,5 +678,5 @@ func (k *Keeper) unshut(vips []netip.Addr) (haste bool, err error) {
 	case len(vips) == 0 || k.port == 0 || says == from(vips, k.port):
 		return false, nil
 	}
-	return false, errors.Join(k.cfg.Memory.keepGate([]int{k.port}), k.gate.from(vips, k.port))
+	return false, errors.Join(k.gate.from(vips, k.port), k.cfg.Memory.keepGate([]int{k.port}))
 }

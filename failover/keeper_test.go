@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -286,7 +287,7 @@ func TestKeeperTends(t *testing.T) {
 	reads = 0
 	k.Step(t.Context())
 	want := from(k.cfg.VIP, 51820)
-	if len(said) < 2 || said[1] != want {
-		t.Errorf("after the rules were gone the gate says %q, want %q", said[:min(2, len(said))], want)
+	if !slices.Contains(said, want) {
+		t.Errorf("after the rules were gone the gate never said %q while the peer was called", want)
 	}
 }

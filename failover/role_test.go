@@ -72,7 +72,7 @@ func wantRole(t *testing.T, d *Desk, role Role, by Source) {
 // cannot be seen again outlives the daemon.
 func TestDesk(t *testing.T) {
 	dir := t.TempDir()
-	d, log := testDesk(t, dir, DeskConfig{VIP: true})
+	d, log := testDesk(t, dir, DeskConfig{VIP: true, VRRP: true})
 	wantRole(t, d, "", ByNone)
 	d.mustSay(t, ByVIP, Active)
 	wantRole(t, d, Active, ByVIP)
@@ -87,10 +87,10 @@ func TestDesk(t *testing.T) {
 		t.Errorf("two changes of the role were logged %d times:\n%s", n, log)
 	}
 
-	d, _ = testDesk(t, dir, DeskConfig{VIP: true})
+	d, _ = testDesk(t, dir, DeskConfig{VIP: true, VRRP: true})
 	wantRole(t, d, Standby, ByVRRP)
 	d.mustSay(t, ByVerb, Active)
-	d, _ = testDesk(t, dir, DeskConfig{VIP: true})
+	d, _ = testDesk(t, dir, DeskConfig{VIP: true, VRRP: true})
 	wantRole(t, d, Active, ByVerb)
 	d.mustSay(t, ByVerb, "")
 	wantRole(t, d, Standby, ByVRRP)
@@ -152,12 +152,26 @@ func TestDeskWaits(t *testing.T) {
 	d.mustSay(t, ByVIP, Standby)
 	wantRole(t, d, Active, ByVRRP)
 
-	// keepalived says nothing when a daemon is restarted, and goes on to count.
+	// keepalived says nothing when a daemon is restarted, and goes on to count, until the
+	// virtual IP moves without a word.
 	d, _ = testDesk(t, dir, DeskConfig{VRRP: true, VIP: true})
 	d.mustSay(t, ByVIP, Active)
 	wantRole(t, d, Active, ByVRRP)
 	d.mustSay(t, ByVIP, Standby)
-	wantRole(t, d, Active, ByVRRP)
+	wantRole(t, d, Standby, ByVIP)
+	if err := d.cfg.Memory.flush(); err != nil {
+		t.Fatal(err)
+	}
+	d, _ = testDesk(t, dir, DeskConfig{VRRP: true, VIP: true})
+	if said := d.Said(ByVRRP); said != "" {
+		t.Errorf("the next daemon knows the word %s", said)
+	}
+
+	// Nor does a word count that nobody could take back.
+	d.mustSay(t, ByVRRP, Active)
+	d, _ = testDesk(t, dir, DeskConfig{VIP: true})
+	d.mustSay(t, ByVIP, Active)
+	wantRole(t, d, Active, ByVIP)
 }
 
 // TestMemoryRefused: a file that is not ours is kept, and the daemon goes on.
