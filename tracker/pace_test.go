@@ -50,11 +50,13 @@ func TestPaceStopped(t *testing.T) {
 	now := time.Now()
 	for i, c := range []struct{ took, rest time.Duration }{
 		{3 * time.Millisecond, 200 * time.Millisecond},
-		{30 * time.Second, 270 * time.Millisecond},
+		{30 * time.Second, 200 * time.Millisecond},
 		{3 * time.Millisecond, 200 * time.Millisecond},
 		// What stays slow is.
-		{time.Second, 270 * time.Millisecond},
+		{time.Second, 200 * time.Millisecond},
 		{time.Second, 9 * time.Second},
+		{120 * time.Millisecond, 1080 * time.Millisecond},
+		{30 * time.Second, 1080 * time.Millisecond},
 	} {
 		p.did(now, now.Add(c.took))
 		now = now.Add(c.took)
