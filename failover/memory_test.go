@@ -364,14 +364,7 @@ func TestFoundDown(t *testing.T) {
 // the device has one peer, with an interval.
 func upLink(t *testing.T) *fakeDevice {
 	t.Helper()
-	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "one"}, PeerName: "two"}); err != nil {
-		t.Fatal(err)
-	}
-	link, err := netlink.LinkByName("one")
-	if err == nil {
-		err = netlink.LinkSetUp(link)
-	}
-	if err != nil {
+	if err := netlink.LinkSetUp(newLink(t)); err != nil {
 		t.Fatal(err)
 	}
 	return &fakeDevice{t: t, peers: map[wgroam.Key]*fakePeer{

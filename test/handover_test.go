@@ -274,8 +274,9 @@ func roundTrip(t testing.TB, c *lab.Client) time.Duration {
 	return percentile(took, 50)
 }
 
-// startVerbs starts a daemon on both gateways, whose roles the verb gives.
-func startVerbs(t testing.TB, l *lab.Lab) (a, h *node) {
+// startAuto starts a daemon on every gateway of a lab, whose role nobody gives yet, and
+// waits until they hear each other.
+func startAuto(t testing.TB, l *lab.Lab) []*node {
 	t.Helper()
 	var nodes []*node
 	for _, gw := range l.Gateways {
@@ -283,8 +284,15 @@ func startVerbs(t testing.TB, l *lab.Lab) (a, h *node) {
 		nodes = append(nodes, startNode(t, gw, dir, roleConfig(gw, dir, `role = "auto"`, "", others(l, gw)...)))
 	}
 	for _, n := range nodes {
-		n.awaitNodes(1)
+		n.awaitNodes(len(nodes) - 1)
 	}
+	return nodes
+}
+
+// startVerbs starts a daemon on both gateways, whose roles the verb gives.
+func startVerbs(t testing.TB, l *lab.Lab) (a, h *node) {
+	t.Helper()
+	nodes := startAuto(t, l)
 	nodes[0].mustRole("active")
 	nodes[0].awaitState("open")
 	nodes[1].awaitState("quiet")
@@ -404,14 +412,9 @@ func TestHandoverEnded(t *testing.T) {
 // take it back from another to which it has gone on.
 func TestHandoverOvertaken(t *testing.T) {
 	l := newLab(t, lab.Config{Gateways: []string{"a", "h", "c"}})
-	var nodes []*node
-	for _, gw := range l.Gateways {
-		dir := t.TempDir()
-		nodes = append(nodes, startNode(t, gw, dir, roleConfig(gw, dir, `role = "auto"`, "", others(l, gw)...)))
-	}
+	nodes := startAuto(t, l)
 	a, h, c := nodes[0], nodes[1], nodes[2]
 	for _, n := range nodes {
-		n.awaitNodes(2)
 		n.mustRole("standby")
 	}
 	offered := ""

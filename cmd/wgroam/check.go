@@ -360,12 +360,12 @@ func checkFeed(d control.DeviceStatus) []finding {
 	add := func(state, detail, do string) {
 		out = append(out, finding{Device: d.Name, Netns: d.Netns, Check: "feed", State: state, Detail: detail, Do: do})
 	}
+	alone := checkWarn
+	if d.Role == string(failover.Standby) {
+		alone = checkFail // it knows nothing of the peers
+	}
 	if d.Feed.Mode == control.FeedNone {
-		state := checkWarn
-		if d.Role == string(failover.Standby) {
-			state = checkFail // it knows nothing of the peers
-		}
-		add(state, "none: no other node hears of roams, nor this one of theirs", "set nats.listen and nats.peers, or nats.url")
+		add(alone, "none: no other node hears of roams, nor this one of theirs", "set nats.listen and nats.peers, or nats.url")
 		return out
 	}
 	if d.Feed.Error != "" {
@@ -399,11 +399,7 @@ func checkFeed(d control.DeviceStatus) []finding {
 		}
 	}
 	if len(d.Feed.Nodes) == 0 {
-		state := checkWarn
-		if d.Role == string(failover.Standby) {
-			state = checkFail // it knows nothing of the peers
-		}
-		add(state, "no other node has been heard", "start wgroam on the other gateways of the group, with the same private key and secret_file")
+		add(alone, "no other node has been heard", "start wgroam on the other gateways of the group, with the same private key and secret_file")
 	}
 	for _, why := range []string{"skew", "name_clash", "full"} {
 		if n := d.Feed.Refused[why]; n > 0 {
